@@ -1,0 +1,479 @@
+"""The words of the project: frozen records that every other module speaks in.
+
+Standard library only. A record holds plain numbers, never a tensor. Steps and depths count from 0, norms are in the
+units of the gradient (loss per unit of the parameter or activation), and a field that was not measured is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
+
+NOTICE, WARNING, SEVERE, NONFINITE = 1, 2, 3, 4
+SEVERITY_NAMES = ("none", "notice", "warning", "severe", "non-finite")
+SOLE_OPTIMIZER = "optimizer"
+RELATIVE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class DiagnosticsWarning(UserWarning):
+    """Everything that the project warns about: a broken rule of the loop, a diagnosis, a sink that was switched off."""
+
+
+class ContractError(RuntimeError):
+    """A rule of the loop was broken and the Monitor was told ``on_violation="raise"``."""
+
+
+class DiagnosisError(RuntimeError):
+    """A diagnosis at warning or above was confirmed and the Monitor was told ``on_diagnosis="raise"``."""
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds NaN or infinity and the caller asked for an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One call of a module that owns parameters, at its place in the forward pass.
+
+    Attributes:
+        depth: Order of the call in the forward pass; 0 is the first module called.
+        name: Qualified module name; ``name@k`` for the k-th call when a module is called more than once in one pass.
+        kind: Class of the module, e.g. ``"Linear"``.
+        parameters: Qualified names of the parameters that the module owns; empty at a later call of the same module.
+        trunk: Whether the layer counts in the fit over depth; a normalisation layer is recorded, not fitted.
+
+    Example:
+        >>> Layer(0, "0", "Linear", ("0.weight", "0.bias")).name
+        '0'
+    """
+
+    depth: int
+    name: str
+    kind: str
+    parameters: tuple[str, ...] = ()
+    trunk: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GradientStats:
+    """What one gradient looked like.
+
+    Attributes:
+        numel: Number of elements.
+        norm: Euclidean norm.
+        rms: ``norm / sqrt(numel)``, the size of a typical element.
+        abs_max: Largest magnitude.
+        zero_fraction: Share of exact zeros, from a sample of at most 1,024 elements.
+        underflow_fraction: Share of elements that are not zero but smaller in magnitude than the smallest normal number
+            of the gradient's own dtype, from the same sample.
+        nonfinite: Number of NaN and infinite elements.
+
+    Example:
+        >>> GradientStats(numel=4, norm=2.0, rms=1.0).nonfinite
+        0
+    """
+
+    numel: int
+    norm: float
+    rms: float
+    abs_max: float | None = None
+    zero_fraction: float | None = None
+    underflow_fraction: float | None = None
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """One layer at one step.
+
+    Attributes:
+        layer: Which one.
+        output: The gradient of the loss with respect to the layer's output; None on a step that is not recorded.
+        weight: The gradient of the layer's own parameters before clipping; None where the layer has none of its own or
+            none of them has a gradient.
+        weight_norm: Euclidean norm of the parameters, before the step, estimated from a sample of at most 4,096
+            elements of each parameter.
+        update_ratio: ``‖w_after - w_before‖ / ‖w_before‖`` over the same sample; None if the weights were all zero.
+
+    Example:
+        >>> LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None).update_ratio is None
+        True
+    """
+
+    layer: Layer
+    output: GradientStats | None
+    weight: GradientStats | None
+    weight_norm: float | None = None
+    update_ratio: float | None = None
+
+
+class Layers(Sequence[LayerRecord]):
+    """The layers of one step in order of depth: a sequence of LayerRecord.
+
+    What a step did to the weights is only known after it, and reading it back at once would cost a second copy from the
+    device. So the update ratios come from a function that is called when somebody looks.
+
+    Args:
+        measured: The layers as they were measured before the step.
+        updates: Returns one update ratio (or None) per layer.
+
+    Example:
+        >>> layer = LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None)
+        >>> layers = Layers([layer], updates=lambda: [0.001])
+        >>> layers.before_step[0].update_ratio, layers[0].update_ratio
+        (None, 0.001)
+    """
+
+    __slots__ = ("_complete", "_updates", "before_step")
+
+    def __init__(
+        self, measured: Sequence[LayerRecord] = (), updates: Callable[[], Sequence[float | None]] | None = None
+    ) -> None:
+        self.before_step: tuple[LayerRecord, ...] = tuple(measured)
+        self._updates = updates
+        self._complete: tuple[LayerRecord, ...] | None = self.before_step if updates is None else None
+
+    def _look(self) -> tuple[LayerRecord, ...]:
+        if self._complete is None:
+            assert self._updates is not None
+            ratios = self._updates()
+            self._complete = tuple(
+                replace(record, update_ratio=ratio) for record, ratio in zip(self.before_step, ratios, strict=True)
+            )
+            self._updates = None
+        return self._complete
+
+    @overload
+    def __getitem__(self, index: int) -> LayerRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LayerRecord, ...]: ...
+    def __getitem__(self, index: int | slice) -> LayerRecord | tuple[LayerRecord, ...]:
+        return self._look()[index]
+
+    def __len__(self) -> int:
+        return len(self.before_step)
+
+    def __iter__(self) -> Iterator[LayerRecord]:
+        return iter(self._look())
+
+    def __eq__(self, other: object) -> bool:
+        return self._look() == tuple(other) if isinstance(other, (Layers, tuple, list)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._look())
+
+    def __repr__(self) -> str:
+        return f"Layers({list(self._look())!r})"
+
+    def __reduce__(self) -> tuple[type[Layers], tuple[tuple[LayerRecord, ...]]]:
+        return (Layers, (self._look(),))
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """What the clip rule saw and did at one step.
+
+    Attributes:
+        rule: ``"norm"``, or ``"none"`` where no rule was given.
+        norm_type: The p of the norm; positive, possibly ``inf``.
+        max_norm: The threshold asked for; None without a rule.
+        total_norm: p-norm of all gradients before clipping.
+        clip_coef: ``max_norm / (total_norm + 1e-6)``, not clamped; None without a rule.
+        applied: Whether gradients were multiplied, which is ``clip_coef < 1``.
+        total_norm_after: p-norm of the gradients that the optimizer saw.
+        threshold: The norm above which this step would be clipped; differs from max_norm for adaptive rules.
+        shares: One number per layer (per parameter where there are no layers): its part of ``total_norm ** p``; for
+            ``p = inf`` one or zero. They sum to 1 unless the norm is zero or not finite.
+        parts: One ClipRecord per group for rules that clip groups on their own.
+        clip_fraction: Share of the steps so far, this one included, whose gradients were clipped; None outside a run.
+
+    Example:
+        >>> ClipRecord("norm", 2.0, 1.0, total_norm=4.0, clip_coef=0.25, applied=True, total_norm_after=1.0).applied
+        True
+    """
+
+    rule: str
+    norm_type: float
+    max_norm: float | None
+    total_norm: float
+    clip_coef: float | None
+    applied: bool
+    total_norm_after: float
+    threshold: float | None = None
+    shares: tuple[float, ...] = ()
+    parts: tuple[ClipRecord, ...] = ()
+    clip_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Something to try.
+
+    Attributes:
+        text: In plain words.
+        override: The Hydra override that does it in this project's trainers; None where words must do.
+
+    Example:
+        >>> print(Remedy("normalise the activations", "model.norm=layer"))
+        normalise the activations (model.norm=layer)
+    """
+
+    text: str
+    override: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.override})" if self.override else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A rule of the training loop was broken.
+
+    Attributes:
+        rule: Its name, e.g. ``"missing_zero_grad"``; contract.py lists them.
+        step: The first step at which it happened.
+        parameters: Names of the parameters concerned.
+        message: What happened, at which step, to which parameters, with a number.
+        remedy: The line to add or move.
+        count: How often it has happened so far.
+
+    Example:
+        >>> Violation("step_without_grads", 3, (), "Step 3 had nothing to spend.", "call loss.backward() first").count
+        1
+    """
+
+    rule: str
+    step: int
+    parameters: tuple[str, ...]
+    message: str
+    remedy: str
+    count: int = 1
+
+    def __str__(self) -> str:
+        again = f" Seen {self.count} times." if self.count > 1 else ""
+        return f"{self.rule}: {self.message} {self.remedy}{again}"
+
+
+@dataclass(frozen=True, slots=True)
+class DepthFit:
+    """A robust line through log10 rms of the output gradients over depth.
+
+    Attributes:
+        slope: The backward slope: decades by which the gradient changes per layer on the way back. Negative vanishes,
+            positive explodes.
+        intercept: log10 rms at the deepest fitted layer, where the backward pass begins.
+        uncertainty: Standard error of the slope.
+        depths: Number of layers that count.
+        points: Number of layers that were fitted: those that count, less exact zeros and non-finite values.
+
+    Example:
+        >>> DepthFit(slope=-0.91, intercept=-1.0, uncertainty=0.01, depths=4, points=4).decades
+        2.73
+    """
+
+    slope: float
+    intercept: float
+    uncertainty: float
+    depths: int
+    points: int
+
+    @property
+    def decades(self) -> float:
+        """Decades between the first and the last layer that count: ``|slope| * (depths - 1)``."""
+        return abs(self.slope) * (self.depths - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A condition that the records of a run show.
+
+    Attributes:
+        condition: Its name, e.g. ``"vanishing"``; diagnosis.py lists them.
+        severity: 1 notice, 2 warning, 3 severe, 4 non-finite.
+        step: Onset: the first recorded step that showed it without a break since.
+        depth: The layer where it is worst, where there is one.
+        evidence: The numbers behind it.
+        message: What is seen and what it means.
+        remedies: What to try, in order of expected effect.
+        confirmed: Whether enough recorded steps have shown it.
+        cleared: The first recorded step that no longer showed it; None while it stands.
+
+    Example:
+        >>> Diagnosis("vanishing", 2, 0, 0, {"decades": 2.7}, "The gradient fades.").confirmed
+        True
+    """
+
+    condition: str
+    severity: int
+    step: int
+    depth: int | None
+    evidence: Mapping[str, float]
+    message: str
+    remedies: tuple[Remedy, ...] = ()
+    confirmed: bool = True
+    cleared: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.condition} ({SEVERITY_NAMES[self.severity]}) since step {self.step}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One word, one number and one sentence about a run.
+
+    Attributes:
+        condition: The worst confirmed diagnosis that still stands at warning or above, else ``"healthy"``;
+            ``"unknown"`` before the first recorded step.
+        severity: That diagnosis's severity, 0 if healthy or unknown.
+        text: The sentence.
+
+    Example:
+        >>> print(Verdict("healthy", 0, "healthy"))
+        healthy
+    """
+
+    condition: str
+    severity: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Everything about one optimizer step.
+
+    Attributes:
+        step: Counted from 0, per optimizer; skipped steps count.
+        optimizer: Its name: ``"optimizer"`` for the only one, or for several that were stepped together.
+        loss: The loss that the caller passed in, or None.
+        lr: Learning rate of each parameter group.
+        backward_passes: Backward passes whose gradients the step spent.
+        loss_scale: The AMP loss scale that the gradients were divided by; 1.0 without a scaler.
+        clip: What clipping saw and did.
+        layers: The layers in order of depth.
+        skipped: Whether the update was left out because gradients were not finite.
+        violations: Rules of the loop found broken at this step, new ones and repeats.
+        diagnoses: Diagnoses that began, were confirmed, changed severity or cleared at this step.
+        metrics: Numbers that the caller passed in.
+        fit: The fit over depth; None unless the step was recorded with enough layers.
+        recorded: Whether output gradients were taken.
+
+    Example:
+        >>> clip = ClipRecord("none", 2.0, None, 0.5, None, False, 0.5)
+        >>> StepRecord(step=0, clip=clip).flat()["grad/total_norm"]
+        0.5
+    """
+
+    step: int
+    clip: ClipRecord
+    optimizer: str = SOLE_OPTIMIZER
+    loss: float | None = None
+    lr: tuple[float, ...] = ()
+    backward_passes: int = 1
+    loss_scale: float = 1.0
+    layers: Layers = field(default_factory=Layers)
+    skipped: bool = False
+    violations: tuple[Violation, ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fit: DepthFit | None = None
+    recorded: bool = False
+
+    @property
+    def nonfinite(self) -> int:
+        """Number of NaN and infinite elements in the weight gradients."""
+        return sum(record.weight.nonfinite for record in self.layers.before_step if record.weight is not None)
+
+    def flat(self) -> dict[str, float]:
+        """The step as a flat dict of W&B keys, which are the same for every model.
+
+        Returns:
+            ``grad/…`` and ``loop/…`` on every step, ``depth/…`` on recorded ones. With several optimizers the name
+            stands between: ``grad/<name>/total_norm``. What was not measured has no key.
+        """
+        name = "" if self.optimizer == SOLE_OPTIMIZER else f"{self.optimizer}/"
+        clip = self.clip
+        values: dict[str, float | None] = {
+            f"grad/{name}total_norm": clip.total_norm,
+            f"grad/{name}total_norm_clipped": clip.total_norm_after,
+            f"grad/{name}clip_coef": clip.clip_coef,
+            f"grad/{name}clipped": float(clip.applied),
+            f"grad/{name}clip_fraction": clip.clip_fraction,
+            f"grad/{name}nonfinite": self.nonfinite,
+            f"loop/{name}violations": len(self.violations),
+        }
+        if self.fit is not None:
+            values[f"depth/{name}backward_slope"] = self.fit.slope
+            values[f"depth/{name}decades"] = self.fit.decades
+        if self.recorded:
+            trunk = [record for record in self.layers if record.layer.trunk]
+            outputs = [record.output.rms for record in trunk if record.output is not None]
+            updates = [record.update_ratio for record in trunk if record.update_ratio is not None]
+            for quantity, profile in (("rms", outputs), ("update_ratio", updates)):
+                for relative in RELATIVE_DEPTHS if profile else ():
+                    index = math.floor(relative * (len(profile) - 1) + 0.5)
+                    values[f"depth/{name}{quantity}_{round(100 * relative):03d}"] = profile[index]
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """Where a run comes from; the first thing that every sink is given.
+
+    Attributes:
+        name: Short name for people.
+        started: ISO 8601 time with zone.
+        command: The command line.
+        overrides: Hydra overrides of this run.
+        config: The resolved configuration as plain containers.
+        seed: Random seed, where there is one.
+        device: Device that the parameters live on.
+        versions: Package name to version.
+        git: Commit and whether files had changed, e.g. ``{"commit": "1a2b…", "dirty": False}``.
+        directory: Folder of the run.
+
+    Example:
+        >>> RunInfo(name="mlp").overrides
+        ()
+    """
+
+    name: str
+    started: str = ""
+    command: str = ""
+    overrides: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    device: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git: Mapping[str, Any] = field(default_factory=dict)
+    directory: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnd:
+    """How a run ended; the last thing that every sink is given.
+
+    Attributes:
+        status: ``"finished"``, ``"failed"`` (an exception) or ``"interrupted"`` (Ctrl-C, SIGTERM).
+        ended: ISO 8601 time with zone.
+        steps: Number of records.
+        verdict: The verdict over the whole run.
+        summary: ``verdict``, ``severity``, ``decades``, ``violations``, ``clip_fraction``, ``first_nonfinite_step`` and
+            ``first_violation_step``; what does not apply is left out.
+        error: The exception in one line, or None.
+
+    Example:
+        >>> RunEnd("finished", "", 10, Verdict("healthy", 0, "healthy")).error is None
+        True
+    """
+
+    status: str
+    ended: str
+    steps: int
+    verdict: Verdict
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
