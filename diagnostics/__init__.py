@@ -31,13 +31,14 @@ _HOMES = {
     ],
     "clipping": ["ClipByNorm", "clip_grad_norm_", "clip_gradients"],
     "diagnosis": ["Thresholds", "diagnose"],
-    "monitor": ["Monitor", "watch"],
+    "monitor": ["Monitor"],
     "runlog": ["Run", "read_run"],
     "sinks": ["Sink"],
     "sinks.console": ["ConsoleSink"],
     "sinks.memory": ["MemorySink"],
     "sinks.runlog": ["RunLogSink"],
     "sinks.wandb": ["WandbSink"],
+    "watching": ["watch"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -64,7 +65,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from diagnostics.clipping import ClipByNorm, clip_grad_norm_, clip_gradients
     from diagnostics.diagnosis import Thresholds, diagnose
-    from diagnostics.monitor import Monitor, watch
+    from diagnostics.monitor import Monitor
     from diagnostics.records import (
         ClipRecord,
         ContractError,
@@ -90,3 +91,4 @@ if TYPE_CHECKING:
     from diagnostics.sinks.memory import MemorySink
     from diagnostics.sinks.runlog import RunLogSink
     from diagnostics.sinks.wandb import WandbSink
+    from diagnostics.watching import watch

@@ -1,0 +1,126 @@
+"""Numbers read from the device → records. No torch.
+
+The other side of the border between device tensors, which live one step, and frozen records, which live in the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from diagnostics.records import GradientStats, Layer, LayerRecord
+
+OUTSIDE = "(outside the model)"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One measured part of a gradient: the gradient of one parameter, or of one output in one backward pass."""
+
+    numel: int
+    norm: float
+    abs_max: float | None = None
+    zero_fraction: float | None = None
+    underflow_fraction: float | None = None
+    nonfinite: int = 0
+
+    def divided(self, factor: float) -> Piece:
+        """The piece as it was before it was multiplied by a factor."""
+        if factor == 1:
+            return self
+        peak = None if self.abs_max is None else self.abs_max / factor
+        return replace(self, norm=self.norm / factor, abs_max=peak)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Norm of a parameter, estimated from a sample, and the factor from a norm over the sample to the whole's."""
+
+    norm: float
+    factor: float
+
+
+def piece(numel: int, values: Sequence[float], scale: float = 1.0) -> Piece:
+    """A Piece from what ``statistics.profile`` was read as, divided by the loss scale.
+
+    Example:
+        >>> piece(4, [2.0, 8.0, 0.0, 0.0, 0.0], scale=2.0).norm
+        8.0
+    """
+    relative, peak, zero, underflow, nonfinite = values
+    norm = relative * peak if math.isfinite(peak) else peak
+    return Piece(numel, norm, peak, zero, underflow, int(nonfinite)).divided(scale)
+
+
+def merge(pieces: Sequence[Piece]) -> GradientStats | None:
+    """The statistics of several pieces taken together; None for no pieces. Fractions are weighted by size.
+
+    Example:
+        >>> merge([Piece(1, 3.0), Piece(1, 4.0)]).norm
+        5.0
+    """
+    if not pieces:
+        return None
+    numel = sum(part.numel for part in pieces)
+    norm = math.hypot(*(part.norm for part in pieces))
+    peaks = [part.abs_max for part in pieces if part.abs_max is not None]
+    return GradientStats(
+        numel=numel,
+        norm=norm,
+        rms=norm / math.sqrt(numel) if numel else 0.0,
+        abs_max=_largest(peaks) if len(peaks) == len(pieces) else None,
+        zero_fraction=_mean([(part.numel, part.zero_fraction) for part in pieces]),
+        underflow_fraction=_mean([(part.numel, part.underflow_fraction) for part in pieces]),
+        nonfinite=sum(part.nonfinite for part in pieces),
+    )
+
+
+def layer_records(
+    layers: Sequence[tuple[Layer, Sequence[Piece]]],
+    gradients: Mapping[str, Piece],
+    weights: Mapping[str, Sampled],
+) -> list[LayerRecord]:
+    """One record per layer, without what the step did to the weights.
+
+    Args:
+        layers: Layers in order of depth, each with the pieces of its output gradient.
+        gradients: The gradients by name of the parameter; one that has none is not in it.
+        weights: Norms of the parameters by name; empty on a step that is not recorded.
+    """
+    records = []
+    for layer, outputs in layers:
+        own = [gradients[name] for name in layer.parameters if name in gradients]
+        held = [weights[name].norm for name in layer.parameters if name in weights]
+        weight_norm = math.hypot(*held) if held else None
+        records.append(LayerRecord(layer, merge(outputs), merge(own), weight_norm))
+    return records
+
+
+def update_ratios(
+    records: Sequence[LayerRecord], weights: Mapping[str, Sampled], moved: Mapping[str, float]
+) -> list[float | None]:
+    """How far each layer's parameters moved, over how large they were before.
+
+    Args:
+        records: The layers.
+        weights: Norms of the parameters before the step.
+        moved: Norm of the difference over the same sample.
+    """
+    ratios: list[float | None] = []
+    for record in records:
+        held = [name for name in record.layer.parameters if name in moved]
+        distance = math.hypot(*(moved[name] * weights[name].factor for name in held))
+        before = math.hypot(*(weights[name].norm for name in held))
+        ratios.append(distance / before if held and before > 0 else None)
+    return ratios
+
+
+def _largest(values: Sequence[float]) -> float:
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
+
+
+def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:
+    total = sum(weight for weight, _ in weighted)
+    known = [weight * value for weight, value in weighted if value is not None]
+    return math.fsum(known) / total if total and len(known) == len(weighted) else None

@@ -1,0 +1,353 @@
+"""The entry points: Hydra composes the configuration, this module makes objects of it and starts the trainer.
+
+Only Hydra and the schema are imported at the top, so that ``--help`` and ``--cfg job`` answer at once. Torch, W&B and
+the task's data come in when a job starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diagnostics.configs import CONF, ConfigurationError, register, resolve, sentence
+from diagnostics.records import ContractError, DiagnosisError, DiagnosticsWarning, NonFiniteGradientError, RunInfo
+from diagnostics.trainers.progress import write_line
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from diagnostics.clipping import ClipByNorm
+    from diagnostics.sinks import Sink
+    from diagnostics.trainers.loop import TrainerSettings
+    from diagnostics.trainers.tasks import Task
+
+OURS = ("diagnostics", "torch")  # what a `_target_` may name: nothing that was not written to be configured
+PAGE = "page.html"
+# Errors that say in one sentence what a person has to know: where in the code they arose is of no interest.
+SAID = (ConfigurationError, ContractError, DiagnosisError, NonFiniteGradientError)
+WANTS_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # Hydra's own switch, read before we set it
+
+register()  # at import: the workers of a parallel sweep import this module before they compose their jobs
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the machine wants the process to end, as Ctrl-C does a person."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Hydra knows about a job.
+
+    Attributes:
+        name: For people: the overrides, in a multirun those that differ between its jobs.
+        overrides: All of them.
+        directory: The job's own folder.
+        group: In a multirun the sweep's folder name, else None.
+        shared: Where the W&B files go: the sweep's folder or the job's own.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    directory: Path
+    group: str | None
+    shared: Path
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats this job alone."""
+        return shlex.join(["python", "scripts/train.py", *self.overrides])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects that a configuration describes."""
+
+    trainer: TrainerSettings
+    task: Task
+    model: nn.Module
+    optimizer: Optimizer
+    clip: ClipByNorm | None
+    monitoring: Mapping[str, Any]
+
+
+def train() -> None:
+    """Trains as conf/train.yaml and the command line say.
+
+    A configuration that cannot be ends in one sentence, Ctrl-C in exit code 130, SIGTERM in 143, and a bug in its
+    traceback. With ``HYDRA_FULL_ERROR=1`` in the environment every error ends in its traceback.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise what it would print in many lines
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
+    except Exception as error:
+        if WANTS_TRACEBACKS:
+            raise
+        if isinstance(error, (HydraException, OmegaConfBaseException)):
+            sys.exit(sentence(error))
+        if isinstance(error, SAID):
+            sys.exit(str(error))
+        raise error.with_traceback(_below_hydra(error)) from error.__cause__
+
+
+def job(config: DictConfig) -> float:
+    """Hydra's task function: one run, from its configuration to the objective that a sweeper gets to see."""
+    alone = HydraConfig.get().mode != RunMode.MULTIRUN
+    try:
+        with _sigterm_interrupts(), _short_warnings():
+            return run(resolve(config), describe_job())
+    except Exception as error:
+        if alone and isinstance(error, SAID) and not WANTS_TRACEBACKS:
+            sys.exit(str(error))  # Hydra would put a line of its own before the sentence
+        if not alone:
+            _report_failure(error)
+        raise
+
+
+def run(settings: Mapping[str, Any], place: Job) -> float:
+    """One run of the training job.
+
+    Args:
+        settings: The resolved configuration.
+        place: Which job it is and where its files go.
+
+    Returns:
+        The value of ``trainer.objective``.
+
+    Raises:
+        ConfigurationError: A value that only the objects themselves can refuse; before a step and before a W&B run.
+    """
+    from diagnostics.monitor import Monitor
+    from diagnostics.trainers import loop
+    from diagnostics.trainers.provenance import describe_run
+
+    parts = assemble(settings)
+    info = describe_run(
+        name=place.name,
+        directory=place.directory,
+        command=place.command,
+        overrides=place.overrides,
+        config=settings,
+        seed=parts.trainer.seed,
+        device=str(next(parts.model.parameters()).device),
+    )
+    try:
+        with open_sinks(settings["sink"], info, place) as (sinks, log):
+            with Monitor(
+                parts.model, parts.optimizer, clip=parts.clip, sinks=sinks, run=info, **parts.monitoring
+            ) as monitor:
+                evaluation = loop.train(
+                    parts.model, parts.task, parts.optimizer, monitor, parts.trainer, clip=parts.clip
+                )
+            log({**evaluation, "optim_step": parts.trainer.steps})
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
+        print(f"{info.name}: {shown} after {parts.trainer.steps} steps")
+        return loop.objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
+    finally:
+        if settings["sink"]["runlog"]:
+            _print_page(place.directory / settings["sink"]["runlog"]["path"], place.directory / PAGE)
+
+
+def assemble(settings: Mapping[str, Any]) -> Parts:
+    """Makes the objects that the configuration describes, and lets each refuse what it cannot work with.
+
+    Raises:
+        ConfigurationError: In one sentence, under the key's full name.
+    """
+    import torch
+
+    from diagnostics.options import Options
+    from diagnostics.trainers.loop import choose_device
+
+    trainer = build(settings["trainer"], "trainer")
+    task = build(settings["task"], "task")
+    clip = build(settings["clip"], "clip") if settings["clip"] else None
+    monitoring = {key: value for key, value in settings["diagnostics"].items() if key != "thresholds"}
+    with _refusals("diagnostics", monitoring):
+        Options(**monitoring)
+    monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
+    if trainer.mistake == "clip_after_step" and clip is None:
+        raise ConfigurationError("trainer.mistake=clip_after_step needs something to clip with; add clip=norm.")
+    with _refusals("trainer", settings["trainer"]):
+        device = choose_device(trainer.device)
+        task.batches(trainer.batch_size, trainer.seed)
+    torch.manual_seed(trainer.seed)
+    model = build(settings["model"], "model", task.inputs, task.outputs).to(device)
+    optimizer = build(settings["optimizer"], "optimizer", model.parameters())
+    return Parts(trainer, task, model, optimizer, clip, monitoring)
+
+
+def build(section: Mapping[str, Any], key: str, *arguments: Any, **keywords: Any) -> Any:
+    """The object that a section of the configuration describes.
+
+    Args:
+        section: ``_target_``, a class of this package or of torch, and its keywords.
+        key: Where the section stands, for messages.
+        arguments: What the class needs besides.
+        keywords: The same, by name.
+
+    Raises:
+        ConfigurationError: Another target, or values that the class refuses.
+
+    Example:
+        >>> build({"_target_": "diagnostics.ClipByNorm", "max_norm": 1.0}, "clip").max_norm
+        1.0
+    """
+    target = str(section.get("_target_"))
+    wrong = ConfigurationError(f"{key}._target_ must be a class of {' or '.join(OURS)}; got {target!r}.")
+    if target.split(".", maxsplit=1)[0] not in OURS:
+        raise wrong
+    try:
+        make = instantiate(dict(section), _partial_=True, _recursive_=False, _convert_="all")
+    except HydraException as error:
+        raise wrong from error
+    if not isinstance(make.func, type) or make.func.__module__.split(".")[0] not in OURS:
+        raise wrong
+    with _refusals(key, section):
+        return make(*arguments, **keywords)
+
+
+@contextmanager
+def open_sinks(
+    sinks: Mapping[str, Any], info: RunInfo, place: Job
+) -> Iterator[tuple[list[Sink], Callable[[Mapping[str, float]], object]]]:
+    """Opens what ``sink=[...]`` chose.
+
+    Yields:
+        The sinks, and a function that logs what no step record carries; it does nothing without W&B.
+    """
+    opened: list[Sink] = []
+    with ExitStack() as stack:
+        run = stack.enter_context(_wandb_run(sinks["wandb"], info, place)) if sinks["wandb"] else None
+        if sinks["console"]:
+            opened.append(build(sinks["console"], "sink.console", write=partial(write_line, stream=sys.stdout)))
+        if sinks["runlog"]:
+            path = place.directory / sinks["runlog"]["path"]
+            opened.append(build({**sinks["runlog"], "path": str(path)}, "sink.runlog"))
+        if run is None:
+            yield opened, lambda _values: None
+            return
+        from diagnostics.sinks.wandb import WandbSink
+
+        yield [*opened, WandbSink(run)], run.log
+
+
+def _wandb_run(options: Mapping[str, Any], info: RunInfo, place: Job) -> AbstractContextManager[Any]:
+    from diagnostics.sinks.wandb import open_run
+
+    group = options["group"] or place.group
+    return open_run(**{**options, "group": group}, name=info.name, config=info.config, directory=place.shared)
+
+
+def describe_job() -> Job:
+    """What Hydra knows about the job that runs now."""
+    config = HydraConfig.get()
+    overrides = tuple(config.overrides.task)
+    directory = Path(config.runtime.output_dir)
+    if config.mode != RunMode.MULTIRUN:
+        name = " ".join(overrides) or f"{config.runtime.choices['model']}-{config.runtime.choices['task']}"
+        return Job(name, overrides, directory, group=None, shared=directory)
+    sweep = Path(config.sweep.dir).absolute()
+    differing = [override for override in overrides if override not in _common_overrides(sweep)]
+    return Job(" ".join(differing or overrides), overrides, directory, group=sweep.name, shared=sweep)
+
+
+def _common_overrides(sweep: Path) -> list[str]:
+    """What was asked of all jobs: the sweep's own overrides, of which those with several values match no job's."""
+    written = sweep / "multirun.yaml"  # Hydra's sweepers write it before the first job
+    return list(OmegaConf.load(written).hydra.overrides.task) if written.exists() else []
+
+
+def _print_page(run_log: Path, page: Path) -> None:
+    """Makes the page of a run, however the run ended; a page that fails must not hide the run's own result."""
+    if not run_log.exists():
+        return
+    from diagnostics.reports.page import write_page
+
+    try:
+        print(f"Page of this run: {write_page(run_log, page)}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run is more important
+        write_line(f"The page of this run could not be written ({type(error).__name__}: {error}).")
+
+
+@contextmanager
+def _refusals(key: str, section: Mapping[str, Any]) -> Iterator[None]:
+    """Turns what a constructor says about a value into one sentence with the value's full key."""
+    try:
+        yield
+    except (TypeError, ValueError, ModuleNotFoundError) as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        joint = "." if said.split(" ")[0] in section else ": "
+        raise ConfigurationError(f"{key}{joint}{said}.") from error
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Shows our own warnings as the sentence they are, above the progress bar, and each one in each job."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DiagnosticsWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, DiagnosticsWarning):
+                write_line(str(message))
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Lets SIGTERM end a run as Ctrl-C does, so that its sinks are closed."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    usual = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def _report_failure(error: Exception) -> None:
+    """Says at once what failed: Hydra shows only a sweep's first failure, and that one at the end."""
+    config = HydraConfig.get()
+    trace = "" if isinstance(error, SAID) else "".join(traceback.format_exception(error))
+    write_line(f"{trace}Job {config.job.num} ({' '.join(config.overrides.task)}) failed: {error}")
+
+
+def _below_hydra(error: Exception) -> TracebackType | None:
+    """The part of a traceback that is the job's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is not run.__code__:
+        trace = trace.tb_next
+    return trace or error.__traceback__

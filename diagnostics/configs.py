@@ -1,0 +1,344 @@
+"""The schema of the configuration, and one sentence for each way to get it wrong.
+
+The files under conf/ hold the values and say what they mean; here stand only their types, so that a wrong key, type or
+option is refused while Hydra composes, before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries the folder inside the package, a checkout beside it.
+CONF = next((folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()), _PACKAGE / "conf")
+
+LONGEST_FOLDER_NAME = 120  # file systems allow 255 bytes, some sync tools half of that
+
+# OmegaConf 2.3 knows no Literal; names that are keywords of Python need the functional form.
+Activation = Enum("Activation", ["relu", "tanh", "sigmoid", "gelu", "identity"])
+Init = Enum("Init", ["default", "kaiming", "xavier", "orthogonal"])
+Norm = Enum("Norm", ["none", "layer", "batch"])
+Mistake = Enum("Mistake", ["none", "missing_zero_grad", "clip_after_step"])
+NonFinite = Enum("NonFinite", ["skip", "raise", "step"])
+Reaction = Enum("Reaction", ["warn", "raise", "record"])
+WandbMode = Enum("WandbMode", ["offline", "online", "disabled"])
+
+
+class ConfigurationError(ValueError):
+    """The configuration asks for something that cannot be; the message is one sentence for the person who wrote it."""
+
+
+@dataclass
+class DigitsConfig:
+    """conf/task/digits.yaml."""
+
+    _target_: str = "diagnostics.trainers.tasks.Digits"
+
+
+@dataclass
+class MLPConfig:
+    """conf/model/mlp.yaml."""
+
+    _target_: str = "diagnostics.trainers.models.MLP"
+    depth: int = MISSING
+    width: int = MISSING
+    activation: Activation = MISSING
+    init: Init = MISSING
+    norm: Norm = MISSING
+    residual: bool = MISSING
+
+
+@dataclass
+class SGDConfig:
+    """conf/optimizer/sgd.yaml."""
+
+    _target_: str = "torch.optim.SGD"
+    lr: float = MISSING
+    momentum: float = MISSING
+    nesterov: bool = MISSING
+    weight_decay: float = MISSING
+
+
+@dataclass
+class AdamConfig:
+    """conf/optimizer/adam.yaml."""
+
+    _target_: str = "torch.optim.Adam"
+    lr: float = MISSING
+    betas: tuple[float, float] = MISSING
+    eps: float = MISSING
+    weight_decay: float = MISSING
+
+
+@dataclass
+class AdamWConfig(AdamConfig):
+    """conf/optimizer/adamw.yaml."""
+
+    _target_: str = "torch.optim.AdamW"
+
+
+@dataclass
+class NoClipConfig:
+    """conf/clip/none.yaml."""
+
+
+@dataclass
+class ClipByNormConfig:
+    """conf/clip/norm.yaml."""
+
+    _target_: str = "diagnostics.ClipByNorm"
+    max_norm: float = MISSING
+    norm_type: float = MISSING
+
+
+@dataclass
+class ThresholdsConfig:
+    """The thresholds in conf/diagnostics/default.yaml."""
+
+    _target_: str = "diagnostics.Thresholds"
+    notice_decades: float = MISSING
+    warning_decades: float = MISSING
+    severe_decades: float = MISSING
+    confirm: int = MISSING
+    clear: int = MISSING
+
+
+@dataclass
+class DiagnosticsConfig:
+    """conf/diagnostics/default.yaml."""
+
+    every: int = MISSING
+    layers: str | None = None
+    nonfinite: NonFinite = MISSING
+    on_violation: Reaction = MISSING
+    on_diagnosis: Reaction = MISSING
+    thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
+
+
+@dataclass
+class ConsoleSinkConfig:
+    """conf/sink/console.yaml."""
+
+    _target_: str = "diagnostics.ConsoleSink"
+
+
+@dataclass
+class RunLogSinkConfig:
+    """conf/sink/runlog.yaml."""
+
+    _target_: str = "diagnostics.RunLogSink"
+    path: str = MISSING
+
+
+@dataclass
+class WandbSinkConfig:
+    """conf/sink/wandb.yaml."""
+
+    project: str = MISSING
+    mode: WandbMode = MISSING
+    group: str | None = None
+    notes: str | None = None
+
+
+@dataclass
+class SinksConfig:
+    """The sinks that ``sink=[...]`` chose; None for the others."""
+
+    console: ConsoleSinkConfig | None = None
+    runlog: RunLogSinkConfig | None = None
+    wandb: WandbSinkConfig | None = None
+
+
+@dataclass
+class TrainerConfig:
+    """conf/trainer/default.yaml."""
+
+    _target_: str = "diagnostics.trainers.loop.TrainerSettings"
+    steps: int = MISSING
+    batch_size: int = MISSING
+    evaluate_every: int = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+    mistake: Mistake = MISSING
+    objective: str = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """conf/train.yaml. A group whose options have different keys is Any here and typed by the option's own schema."""
+
+    task: Any = MISSING
+    model: Any = MISSING
+    optimizer: Any = MISSING
+    clip: Any = MISSING
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    sink: SinksConfig = field(default_factory=SinksConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+SCHEMAS: Mapping[str, type] = {
+    "task_digits": DigitsConfig,
+    "model_mlp": MLPConfig,
+    "optimizer_sgd": SGDConfig,
+    "optimizer_adam": AdamConfig,
+    "optimizer_adamw": AdamWConfig,
+    "clip_none": NoClipConfig,
+    "clip_norm": ClipByNormConfig,
+}
+
+
+def register() -> None:
+    """Makes the schemas and the resolver ``folder_name`` known to Hydra; may be called again.
+
+    Example:
+        >>> register()
+        >>> OmegaConf.create({"folder": "${folder_name:3,'model=a/b,lr=0.1'}"}).folder
+        '3_model=a_b_lr=0.1'
+    """
+    store = ConfigStore.instance()
+    store.store(group="schema", name="train", node=TrainConfig, package="_global_")
+    for name, node in SCHEMAS.items():
+        store.store(group="schema", name=name, node=node)
+    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+
+
+def _folder_name(number: int, overrides: str) -> str:
+    """A job's folder: its number makes it unique, its overrides make it readable."""
+    words = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", f"{number}_{overrides}").strip("_.")
+    return words[:LONGEST_FOLDER_NAME]
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """The whole configuration as plain containers, every interpolation resolved and every number checked.
+
+    Raises:
+        ConfigurationError: A value is missing, an interpolation leads nowhere, a key was forced in with ``+`` that
+            nobody reads, or a number is not one.
+
+    Example:
+        >>> resolve(OmegaConf.create({"optimizer": {"lr": float("nan")}}))
+        Traceback (most recent call last):
+        diagnostics.configs.ConfigurationError: optimizer.lr must be a number; got nan.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(sentence(error)) from error
+    assert isinstance(plain, dict)
+    for message in (*_forced_keys(config, ""), *_bad_numbers(plain, "")):
+        raise ConfigurationError(message)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _forced_keys(config: DictConfig, prefix: str) -> Iterator[str]:
+    schema = OmegaConf.get_type(config)
+    known = [one.name for one in fields(schema)] if is_dataclass(schema) else list(config)
+    for key, value in ((str(key), value) for key, value in config.items()):
+        if key not in known:
+            yield _unknown_key(f"{prefix}{key}", known)
+        elif isinstance(value, DictConfig):
+            yield from _forced_keys(value, f"{prefix}{key}.")
+
+
+def _bad_numbers(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _bad_numbers(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _bad_numbers(item, key)
+    elif isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and key.startswith("optimizer."))):
+        finite = "" if math.isnan(value) else "finite "
+        yield f"{key} must be a {finite}number; got {value}."
+
+
+def sentence(error: Exception) -> str:
+    """What is wrong with the configuration, in one sentence for the person who wrote it.
+
+    Args:
+        error: What Hydra or OmegaConf raised while composing or resolving.
+
+    Example:
+        >>> config = OmegaConf.structured(TrainConfig)
+        >>> try:
+        ...     config.trainer.stepz = 3
+        ... except OmegaConfBaseException as error:
+        ...     print(sentence(error))
+        trainer.stepz is not a key of the configuration; did you mean trainer.steps?
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_option(error.missing_cfg_file, error.options)
+    if isinstance(error, OverrideParseException):
+        return f"An override must have the form key=value, with quotes around special characters; got {error.override}."
+    if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
+        return f"{several[1]} has several values; add -m to run them all, or put brackets around a list."
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    return _about_a_key(cause) if isinstance(cause, OmegaConfBaseException) else _joined(cause)
+
+
+def _about_a_key(error: OmegaConfBaseException) -> str:
+    schema = error.object_type if is_dataclass(error.object_type) else None
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and error.full_key:
+        return _unknown_key(error.full_key, [one.name for one in fields(schema)] if schema else [])
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key or error.key} must have a value; got none."
+    if isinstance(error, ValidationError) and schema:
+        return _wrong_type(error, get_type_hints(schema).get(str(error.key)))
+    return _joined(error)
+
+
+def _missing_option(file: str, known: Sequence[str] | None) -> str:
+    group, _, option = file.rpartition("/")
+    options = sorted(known or (path.stem for path in (CONF / group).glob("*.yaml")))
+    if not group or not options:
+        return f"There is no configuration file {file}.yaml."
+    return f"{group} must be one of {', '.join(options)}; got {option!r}."
+
+
+def _unknown_key(key: str, known: list[Any]) -> str:
+    section, _, name = key.rpartition(".")
+    dot = section and f"{section}."
+    names = [str(one) for one in known if not str(one).startswith("_")]
+    close = difflib.get_close_matches(name, names, n=1)
+    advice = f"did you mean {dot}{close[0]}?" if close else f"{section or 'it'} has {', '.join(names) or 'no keys'}."
+    return f"{key} is not a key of the configuration; {advice}"
+
+
+def _wrong_type(error: ValidationError, hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    kind = kinds[0] if len(kinds) == 1 else None
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        expected = f"one of {', '.join(kind.__members__)}"
+    elif kind in words:
+        expected = words[kind]
+    else:
+        return _joined(error)
+    return f"{error.full_key} must be {expected}; got {'null' if error.value is None else repr(error.value)}."
+
+
+def _joined(error: BaseException) -> str:
+    """The lines of a message that speak of the matter, as one."""
+    noise = re.compile(r"See https?:|full_key:|object_type=|reference_type=|Config search path:|provider=")
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = " ".join(line for line in lines if line and not noise.match(line))
+    key = getattr(error, "full_key", None)
+    return (f"{key}: {said}" if key and key not in said else said).rstrip(".") + "."

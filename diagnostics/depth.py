@@ -1,0 +1,176 @@
+"""Model → layers in the order of the forward pass.
+
+A layer is one call of a module that owns parameters directly. The order is that of the calls, seen in recorded forward
+passes; a module called several times in one pass is several layers, ``name@0 … name@k``, the parameters standing at the
+first. A parameter whose owner is never called (``MultiheadAttention.out_proj``) belongs to the nearest called ancestor.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from diagnostics.records import Layer
+
+Call: TypeAlias = tuple[int, int]
+"""Which owner, and which of its calls in one forward pass, both counted from 0."""
+
+NORMALISATION = re.compile(r"norm(\dd)?$", re.IGNORECASE)
+"""Class names of normalisation layers: BatchNorm2d, LayerNorm, RMSNorm and everybody's own RMSNorm."""
+
+_PARAMETRIZATIONS = ".parametrizations."
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A module that owns parameters directly.
+
+    Attributes:
+        path: Qualified name in its model, ``""`` for the model itself; the model's own name stands in front where there
+            are several models.
+        kind: Its class.
+        module: Weak reference: watching must not keep a model alive.
+        parameters: Qualified names of the parameters whose first owner it is.
+        trunk: Whether it counts in the fit: everything does but normalisation.
+        root: Which model it belongs to.
+    """
+
+    path: str
+    kind: str
+    module: weakref.ref[nn.Module]
+    parameters: tuple[str, ...]
+    trunk: bool
+    root: int
+
+    @property
+    def name(self) -> str:
+        """The path, or the class of a model that owns parameters itself."""
+        return self.path or self.kind
+
+    def above(self, other: Owner) -> bool:
+        """Whether the other module is inside this one."""
+        return other.root == self.root and (not self.path or other.path.startswith(f"{self.path}."))
+
+
+def find_owners(models: Mapping[str, nn.Module]) -> tuple[list[Owner], dict[str, Tensor]]:
+    """The modules of some models that own parameters directly, and the parameters by name.
+
+    Args:
+        models: Name to model; a single model has the name ``""``.
+
+    Returns:
+        Owners in the order of registration, and every parameter once under its first name.
+
+    Example:
+        >>> owners, parameters = find_owners({"": nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))})
+        >>> [(owner.name, owner.kind) for owner in owners], list(parameters)
+        ([('0', 'Linear'), ('2', 'Linear')], ['0.weight', '0.bias', '2.weight', '2.bias'])
+    """
+    owners: list[Owner] = []
+    parameters: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for root, (prefix, model) in enumerate(models.items()):
+        for module_name, module in model.named_modules():
+            if _PARAMETRIZATIONS in f".{module_name}.":
+                continue
+            held = _own_parameters(module)
+            if not held:
+                continue
+            name = _join(prefix, module_name)
+            new = {_join(name, key): value for key, value in held.items() if id(value) not in seen}
+            seen.update(id(value) for value in new.values())
+            parameters.update(new)
+            trunk = not NORMALISATION.search(type(module).__name__)
+            owners.append(Owner(name, type(module).__name__, weakref.ref(module), tuple(new), trunk, root))
+    return owners, parameters
+
+
+class CallOrder:
+    """The order of calls over all forward passes seen so far.
+
+    A call that is new is put right behind the call that came before it, so a longer sequence or a branch that is taken
+    for the first time finds its place without moving the others out of order.
+
+    Example:
+        >>> order = CallOrder()
+        >>> order.extend([(0, 0), (1, 0)])
+        True
+        >>> order.extend([(0, 0), (2, 0), (1, 0)])
+        True
+        >>> order.calls
+        [(0, 0), (2, 0), (1, 0)]
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._known: set[Call] = set()
+
+    def extend(self, trace: Sequence[Call]) -> bool:
+        """Takes the calls of one forward pass in their order; returns whether one of them was new."""
+        before = len(self.calls)
+        place = 0
+        for call in trace:
+            if call not in self._known:
+                self._known.add(call)
+                self.calls.insert(place, call)
+            elif self.calls[place : place + 1] != [call]:
+                place = self.calls.index(call)
+            place += 1
+        return len(self.calls) > before
+
+
+def layer_table(owners: Sequence[Owner], calls: Sequence[Call]) -> list[tuple[Layer, Call]]:
+    """Layers in the order of their calls, with the parameters of owners that are never called given to an ancestor.
+
+    Args:
+        owners: As :func:`find_owners` returns them.
+        calls: The order of calls; empty if no forward pass was seen, then the order of registration stands in.
+
+    Returns:
+        Layers, each with the call that it is.
+
+    Example:
+        >>> owners, _ = find_owners({"": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
+        >>> [layer.name for layer, _ in layer_table(owners, [(1, 0), (0, 0), (0, 1)])]
+        ['1', '0@0', '0@1']
+    """
+    order = list(calls) or [(index, 0) for index in range(len(owners))]
+    called = {owner for owner, _ in order}
+    parameters = {index: list(owners[index].parameters) for index in called}
+    for index, owner in enumerate(owners):
+        if index not in called and owner.parameters:
+            parameters[_heir(owners, called, order, index)].extend(owner.parameters)
+    repeated = {owner for owner, rank in order if rank > 0}
+    table = []
+    for depth, (index, rank) in enumerate(order):
+        owner = owners[index]
+        name = f"{owner.name}@{rank}" if index in repeated else owner.name
+        own = tuple(parameters.pop(index, ()))
+        table.append((Layer(depth, name, owner.kind, own, owner.trunk), (index, rank)))
+    return table
+
+
+def _heir(owners: Sequence[Owner], called: set[int], order: list[Call], index: int) -> int:
+    """The nearest called ancestor of an owner that is never called, else the called owner registered just before it."""
+    ancestors = [i for i in called if owners[i].above(owners[index])]
+    if ancestors:
+        return max(ancestors, key=lambda i: len(owners[i].path))
+    before = [i for i in called if i < index]
+    return max(before) if before else order[0][0]
+
+
+def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    held = dict(module.named_parameters(recurse=False))
+    parametrized = getattr(module, "parametrizations", None)
+    if isinstance(parametrized, nn.ModuleDict):
+        held |= {f"parametrizations.{name}": value for name, value in parametrized.named_parameters()}
+    return held
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -1,0 +1,340 @@
+"""The only code that registers hooks, and takes every one of them away again.
+
+Hooks only note. They run inside the user's forward and backward, so they never raise, never warn, never wait for the
+device and return nothing: one that fails switches the Watcher off, and the Monitor says so at the next step.
+
+Output gradients come from a forward hook that registers on the output tensor: module backward hooks break under an
+in-place operation that follows, and cost six times as much. Weight gradients are read at the step, since parameter
+hooks see them before all-reduce and before unscaling. What parameter hooks are for is to know which backward pass
+accumulated into which parameter, and what was left in ``.grad`` when the pass began.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diagnostics import statistics
+from diagnostics.depth import Call, CallOrder, Owner
+
+_NO_BACKWARD = -1
+
+
+@dataclass(slots=True)
+class OutputGradient:
+    """One profile of the gradient of a layer call's output; several of one call merge."""
+
+    call: Call
+    numel: int
+    profile: Tensor
+
+
+@dataclass(slots=True)
+class BackwardPass:
+    """One backward pass that accumulated into watched parameters; statistics still on the device.
+
+    Attributes:
+        held: Parameters that a step had spent and whose ``.grad`` was not None when the pass began.
+        leftover: 1-norm of those gradients at that moment; a norm without squares, so that none is too small for it.
+        replaced: Those of them whose ``.grad`` was no longer the tensor that the step had spent.
+        accumulated: Parameters that the pass added to.
+        outputs: Profiles of output gradients, in the order of the backward pass.
+    """
+
+    held: tuple[int, ...] = ()
+    leftover: Tensor = field(default_factory=lambda: torch.zeros(0))
+    replaced: frozenset[int] = frozenset()
+    accumulated: set[int] = field(default_factory=set)
+    outputs: list[OutputGradient] = field(default_factory=list)
+
+
+class _Hook:
+    """A callable for torch to hold. A copy of a model (``deepcopy``, ``pickle``) carries a hook that does nothing."""
+
+    __slots__ = ("index", "note", "watcher")
+
+    def __init__(self, watcher: Watcher | None = None, note: Callable[..., None] | None = None, index: int = 0) -> None:
+        self.watcher = watcher
+        self.note = note
+        self.index = index
+
+    def __call__(self, *args: Any) -> None:
+        watcher, note = self.watcher, self.note
+        if watcher is None or note is None or not watcher.listening:
+            return
+        try:
+            note(self.index, *args)
+        except Exception as error:  # noqa: BLE001 -- an exception here would end the user's backward, or hang other ranks
+            watcher.failed(error)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return (_Hook, ())
+
+
+class Watcher:
+    """Hooks on models and parameters, and what they noted since the last step.
+
+    Args:
+        models: Name to model.
+        owners: Their layers' modules.
+        parameters: The tensors to watch; the place in the sequence is the parameter's index.
+        outputs: Whether output gradients will be wanted at all; without them no forward hook is registered.
+
+    Attributes:
+        recording: Whether output gradients are taken in the forward passes to come.
+        timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
+        orders: Order of calls by model.
+        failure: The exception that switched the Watcher off.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        owners: Sequence[Owner],
+        parameters: Sequence[Tensor],
+        *,
+        outputs: bool = True,
+    ) -> None:
+        self.recording = outputs
+        self.listening = True
+        self.timeline: list[Any] = []
+        self.orders = [CallOrder() for _ in models]
+        self.failure: Exception | None = None
+        self._owners = owners
+        self._parameters: list[weakref.ref[Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        self._spent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._running: list[int] = []
+        self._current = BackwardPass()
+        self._ranks: dict[int, int] = {}
+        self._traces: list[list[Call]] = [[] for _ in models]
+        self._attached: set[Call] = set()
+        self._begun = [False for _ in models]
+        self._counts = [False for _ in models]
+        if outputs:
+            self._watch_forward(models)
+        self.adopt(parameters)
+
+    def adopt(self, parameters: Sequence[Tensor]) -> None:
+        """Watches more parameters; they take the next indices."""
+        for parameter in parameters:
+            index = len(self._parameters)
+            self._parameters.append(weakref.ref(parameter))
+            if parameter.requires_grad and parameter.is_leaf:
+                before = _Hook(self, self._before_accumulation, index)
+                after = _Hook(self, self._after_accumulation, index)
+                self._handles.append(parameter.register_hook(before))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(after))
+
+    def watch_steps(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[torch.optim.Optimizer], None],
+        after: Callable[[torch.optim.Optimizer], None],
+    ) -> None:
+        """Calls back at the beginning and the end of ``optimizer.step()``; a nested ``super().step()`` is one step."""
+        depth = 0
+
+        def begins(stepping: torch.optim.Optimizer, *_: Any) -> None:
+            nonlocal depth
+            depth += 1
+            if depth == 1 and self.listening:
+                before(stepping)
+
+        def ends(stepping: torch.optim.Optimizer, *_: Any) -> None:
+            nonlocal depth
+            depth = max(0, depth - 1)
+            if depth == 0 and self.listening:
+                after(stepping)
+
+        self._handles.append(optimizer.register_step_pre_hook(begins))
+        self._handles.append(optimizer.register_step_post_hook(ends))
+
+    def spend(self, indices: Sequence[int]) -> None:
+        """Notes that a step has spent the gradients of these parameters, as they are now."""
+        for index in indices:
+            parameter = self._parameters[index]()
+            if parameter is not None and parameter.grad is not None:
+                self._spent[index] = (weakref.ref(parameter.grad), _version(parameter.grad))
+
+    def drain(self) -> list[Any]:
+        """The timeline since the last call; the next step begins a new one."""
+        self._settle()
+        self._end_traces()
+        timeline, self.timeline = self.timeline, []
+        return timeline
+
+    def rewritten(self, index: int) -> bool:
+        """Whether a gradient that a step has spent was replaced or written to since."""
+        spent, parameter = self._spent.get(index), self._parameters[index]()
+        if spent is None or parameter is None or parameter.grad is None:
+            return False
+        tensor, version = spent
+        return parameter.grad is not tensor() or _version(parameter.grad) != version
+
+    def failed(self, error: Exception) -> None:
+        """Switches all hooks off; the first reason is kept."""
+        self.failure = self.failure or error
+        self.listening = False
+
+    def remove(self) -> None:
+        """Takes every hook away."""
+        self.listening = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Notes nothing inside the block."""
+        listening, self.listening = self.listening, False
+        try:
+            yield
+        finally:
+            self.listening = listening and self.failure is None
+
+    # forward
+
+    def _watch_forward(self, models: Mapping[str, nn.Module]) -> None:
+        for root, model in enumerate(models.values()):
+            self._handles.append(model.register_forward_pre_hook(_Hook(self, self._root_begins, root)))
+        for index, owner in enumerate(self._owners):
+            module = owner.module()
+            if module is not None:
+                self._handles.append(module.register_forward_hook(_Hook(self, self._after_call, index)))
+
+    def _root_begins(self, root: int, *_: Any) -> None:
+        if self.recording and _graph_task() == _NO_BACKWARD:
+            self._settle()
+            self._begin_trace(root)
+
+    def _after_call(self, index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not self.recording:
+            return
+        root = self._owners[index].root
+        task = _graph_task()
+        if task == _NO_BACKWARD:
+            self._settle()
+            if not self._begun[root] or (not self._counts[root] and torch.is_grad_enabled()):
+                self._begin_trace(root)
+            if not self._counts[root]:
+                return
+        else:  # a checkpointed segment runs again: its calls are known, and only a reentrant one has new output tensors
+            self._enter(task)
+        call = (index, self._ranks.get(index, 0))
+        if task == _NO_BACKWARD:
+            self._ranks[index] = call[1] + 1
+            self._traces[root].append(call)
+        else:
+            call = (index, 0)
+            if call in self._attached:
+                return
+        for tensor in _tensors_in(output):
+            if tensor.requires_grad:
+                self._attached.add(call)
+                tensor.register_hook(_Hook(self, lambda _, gradient, call=call: self._output_gradient(call, gradient)))
+
+    def _begin_trace(self, root: int) -> None:
+        self._end_trace(root)
+        self._begun[root] = True
+        self._counts[root] = torch.is_grad_enabled()
+        for index, owner in enumerate(self._owners):
+            if owner.root == root:
+                self._ranks.pop(index, None)
+
+    def _end_trace(self, root: int) -> None:
+        self.orders[root].extend(self._traces[root])
+        self._traces[root] = []
+        self._attached = {call for call in self._attached if self._owners[call[0]].root != root}
+
+    def _end_traces(self) -> None:
+        for root in range(len(self._traces)):
+            self._end_trace(root)
+            self._begun[root] = False
+
+    # backward
+
+    def _output_gradient(self, call: Call, gradient: Tensor) -> None:
+        current = self._enter(_graph_task())
+        current.outputs.append(OutputGradient(call, gradient.numel(), statistics.profile(gradient)))
+
+    def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
+        task = _graph_task()
+        if task not in self._running:
+            self._enter(task)
+
+    def _after_accumulation(self, index: int, _parameter: Tensor) -> None:
+        self._enter(_graph_task()).accumulated.add(index)
+
+    def _enter(self, task: int) -> BackwardPass:
+        """The pass of a graph task; one that is begun inside a running one (reentrant checkpoint) is no new pass."""
+        if task not in self._running:
+            if not self._running:
+                self._current = self._look()
+            self._running.append(task)
+            engine = torch.autograd.Variable._execution_engine  # noqa: SLF001 -- the only way to hear of a pass's end
+            engine.queue_callback(lambda: self._leave(task))
+        return self._current
+
+    def _leave(self, task: int) -> None:
+        if task in self._running:
+            self._running.remove(task)
+            if not self._running:
+                self._finish_pass()
+
+    def _settle(self) -> None:
+        """Outside any backward pass: one that never told its end has failed, and what it did stays done."""
+        if self._running:
+            self._running.clear()
+            self._finish_pass()
+
+    def _finish_pass(self) -> None:
+        if self._current.accumulated:  # autograd.grad accumulates into nobody, and its output gradients do not count
+            self.timeline.append(self._current)
+        self._current = BackwardPass()
+        self._begun = [False for _ in self._begun]
+
+    def _look(self) -> BackwardPass:
+        """What is left of gradients that a step has spent, before this pass adds to them."""
+        held: dict[int, Tensor] = {}
+        for index in list(self._spent):
+            parameter = self._parameters[index]()
+            if parameter is None or parameter.grad is None:
+                del self._spent[index]
+            else:
+                held[index] = parameter.grad
+        if not held:
+            return BackwardPass()
+        replaced = [index for index, gradient in held.items() if self._spent[index][0]() is not gradient]
+        leftover = statistics.pack(statistics.parameter_norms([*held.values()], 1.0))
+        return BackwardPass(tuple(held), leftover, frozenset(replaced))
+
+
+def _graph_task() -> int:
+    """Number of the backward pass that runs now, -1 outside any."""
+    return int(torch._C._current_graph_task_id())  # noqa: SLF001 -- torch has no public name for it
+
+
+def _version(tensor: Tensor) -> int:
+    return int(tensor._version)  # noqa: SLF001 -- documented under "in-place correctness checks"; no public name
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors_in(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors_in(value)

@@ -1,0 +1,190 @@
+"""The host side of a Monitor: records go in, and the contract, the diagnosis, the sinks and the user hear of them.
+
+No torch. A record whose update ratios are still on their way is handed to the sinks one step late.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from dataclasses import replace
+from datetime import datetime, timezone
+
+from diagnostics import diagnosis
+from diagnostics.contract import Backward, Clip, Contract, Step
+from diagnostics.diagnosis import Thresholds
+from diagnostics.options import Options
+from diagnostics.records import (
+    WARNING,
+    ContractError,
+    Diagnosis,
+    DiagnosisError,
+    DiagnosticsWarning,
+    RunEnd,
+    RunInfo,
+    StepRecord,
+    Verdict,
+    Violation,
+)
+from diagnostics.sinks import Event
+from diagnostics.sinks.fanout import Fanout
+
+WINDOW = 1000
+"""How many records are kept."""
+
+_SURFACE = 5  # frames between a warning and the user's line
+
+
+class Ledger:
+    """Everything that is known about a run so far.
+
+    Args:
+        run: Where it comes from.
+        contract: The rules of its loop.
+        sinks: Where records go.
+        options: What to do with violations and diagnoses.
+        thresholds: When a number becomes a diagnosis.
+
+    Attributes:
+        records: The newest records, oldest first.
+    """
+
+    def __init__(
+        self, run: RunInfo, contract: Contract, sinks: Fanout, options: Options, thresholds: Thresholds
+    ) -> None:
+        self.run = run
+        self.records: deque[StepRecord] = deque(maxlen=WINDOW)
+        self._contract = contract
+        self._sinks = sinks
+        self._options = options
+        self._thresholds = thresholds
+        self._state = diagnosis.State()
+        self._found: list[Violation] = []  # broken since the last record
+        self._waiting: StepRecord | None = None
+        self._steps = 0
+        self._clipped = 0
+        self._decades: float | None = None
+        self._first_nonfinite: int | None = None
+        self._tell(run)
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        """All violations, oldest first."""
+        return self._contract.violations
+
+    @property
+    def diagnoses(self) -> tuple[Diagnosis, ...]:
+        """All diagnoses in order of onset, those that cleared and those that stand."""
+        return tuple(diagnosis.prescribe(one, self.run) for one in self._state.diagnoses)
+
+    def verdict(self) -> Verdict:
+        """The run in one sentence."""
+        return diagnosis.verdict(self._state, self.violations, self._thresholds)
+
+    def note(self, fact: Backward | Clip) -> None:
+        """Takes what the loop did between two steps."""
+        if isinstance(fact, Backward):
+            self._contract.backward(fact)
+        else:
+            self._found += self._contract.clip(fact)
+
+    def enter(self, record: StepRecord, fact: Step) -> StepRecord:
+        """Takes a step; returns its record with violations and diagnoses."""
+        found, self._found = [*self._found, *self._contract.step(fact)], []
+        record = replace(record, violations=tuple(found))
+        self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
+        record = replace(record, diagnoses=tuple(diagnosis.prescribe(one, self.run) for one in changed))
+        self._count(record)
+        self.records.append(record)
+        self._hand_on()
+        if record.recorded:
+            self._waiting = record
+        else:
+            self._tell(record)
+        return record
+
+    def announce(self, record: StepRecord) -> None:
+        """Tells the user what is new at a step, by a warning or an error as he asked for."""
+        self._announce_violations(record.violations)
+        serious = [one for one in record.diagnoses if is_alarm(one)]
+        if serious and self._options.on_diagnosis == "raise":
+            raise DiagnosisError(_with_remedies(serious[0]))
+        if self._options.on_diagnosis == "warn":
+            for one in serious:
+                self.warn(_with_remedies(one))
+
+    def warn(self, text: str) -> None:
+        """Warns at the user's line."""
+        warnings.warn(text, DiagnosticsWarning, stacklevel=_SURFACE)
+
+    def close(self, status: str, error: str | None) -> None:
+        """Hands on what is left and says how the run ended."""
+        late = (*self._found, *self._contract.close())
+        self._hand_on()
+        for violation in late:
+            self._tell(violation)
+        ended = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+        self._tell(RunEnd(status, ended, self._steps, self.verdict(), self._summary(), error))
+        for failure in self._sinks.close():
+            self.warn(failure)
+        if status == "finished":
+            self._announce_violations(late)
+
+    def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
+        new = [violation for violation in violations if violation.count == 1]
+        if new and self._options.on_violation == "raise":
+            raise ContractError(str(new[0]))
+        if self._options.on_violation == "warn":
+            for violation in new:
+                self.warn(str(violation))
+
+    def _hand_on(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._tell(waiting)
+
+    def _tell(self, event: Event) -> None:
+        for failure in self._sinks.write(event):
+            self.warn(failure)
+
+    def _count(self, record: StepRecord) -> None:
+        self._steps += 1
+        self._clipped += record.clip.applied
+        if record.fit is not None:
+            self._decades = record.fit.decades
+        broken = record.nonfinite > 0 or not math.isfinite(record.clip.total_norm)
+        if broken and self._first_nonfinite is None:
+            self._first_nonfinite = record.step
+
+    def _summary(self) -> dict[str, str | float]:
+        verdict, violations = self.verdict(), self.violations
+        unlawful = verdict.condition == "healthy" and violations
+        values = {
+            "verdict": "healthy gradients, unlawful loop" if unlawful else verdict.condition,
+            "severity": verdict.severity,
+            "decades": self._decades,
+            "violations": sum(violation.count for violation in violations),
+            "clip_fraction": self._clipped / self._steps if self._steps else None,
+            "first_nonfinite_step": self._first_nonfinite,
+            "first_violation_step": min((violation.step for violation in violations), default=None),
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def is_alarm(found: Diagnosis) -> bool:
+    """Whether a diagnosis that has changed is news that calls for a look: confirmed, standing, at warning or above."""
+    return found.confirmed and found.cleared is None and found.severity >= WARNING
+
+
+def ending(error: BaseException | None) -> tuple[str, str | None]:
+    """Status and one line for the exception that ended a run."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "finished", None
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed"), line
+
+
+def _with_remedies(found: Diagnosis) -> str:
+    tries = "; ".join(str(remedy) for remedy in found.remedies)
+    return f"{found} Try: {tries}." if tries else str(found)

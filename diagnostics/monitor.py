@@ -1,0 +1,451 @@
+"""The Monitor: clip-and-step, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics import contract, diagnosis, statistics
+from diagnostics.clipping import ClipByNorm, NormReading, clip, read_norms
+from diagnostics.diagnosis import Thresholds
+from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.ledger import Ledger, ending, is_alarm
+from diagnostics.observation import Catalogue, Observation
+from diagnostics.options import Options, models_of, optimizers_of
+from diagnostics.records import (
+    ClipRecord,
+    ContractError,
+    Diagnosis,
+    DiagnosisError,
+    DiagnosticsWarning,
+    NonFiniteGradientError,
+    RunInfo,
+    StepRecord,
+    Verdict,
+    Violation,
+)
+from diagnostics.schedule import Schedule, Unit, Units
+from diagnostics.sinks import Sink
+from diagnostics.sinks.fanout import Fanout
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A step before its record: what was measured, and what clipping did and had done before that."""
+
+    observation: Observation
+    clip: ClipRecord
+    clip_factor: float = 1.0
+
+
+class Monitor:
+    """Watches a training loop: gradients by depth, clipping, the loop's own rules.
+
+    Args:
+        model: One module, or a mapping of names to modules.
+        optimizers: One optimizer or a sequence.
+        clip: How gradients are clipped; None measures only.
+        accumulate: Backward passes that one step is meant to spend.
+        scaler: The loop's ``torch.amp.GradScaler``, if it has one.
+        nonfinite: What :meth:`clip_and_step` does when gradients are not finite: ``"skip"`` the update, ``"raise"``, or
+            ``"step"`` all the same. A closure's step cannot be cancelled and goes on.
+        on_violation: What a broken rule of the loop does: ``"warn"``, ``"raise"`` or ``"record"``.
+        on_diagnosis: What a confirmed diagnosis at warning or above does, likewise.
+        every: Output gradients and update ratios are taken at each of so many steps, at the first 50, and densely after
+            an alarm; 0 never, 1 always.
+        layers: Regular expression; only layers whose name it matches somewhere are recorded.
+        sinks: Where records go; ``"auto"`` is the console, and W&B where a run is active.
+        thresholds: When a number becomes a diagnosis.
+        run: What is known about the run; written to the sinks first.
+
+    Raises:
+        ValueError: If an option has a value that it cannot have.
+        TypeError: If the model, an optimizer or a sink is something else.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Monitor(model, optimizer, clip=ClipByNorm(max_norm=1.0), sinks=[]) as monitor:
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(4, 2)).square().mean().backward()
+        ...     record = monitor.clip_and_step()
+        >>> record.step, record.layers[0].layer.name
+        (0, 'Linear')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Module],
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        *,
+        clip: ClipByNorm | None = None,
+        accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        nonfinite: str = "skip",
+        on_violation: str = "warn",
+        on_diagnosis: str = "warn",
+        every: int = 10,
+        layers: str | None = None,
+        sinks: Sequence[Sink] | str = "auto",
+        thresholds: Thresholds | None = None,
+        run: RunInfo | None = None,
+    ) -> None:
+        self._options = Options(clip, accumulate, nonfinite, on_violation, on_diagnosis, every, layers)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        models, stepping = models_of(model), optimizers_of(optimizers)
+        fanout = Fanout(sinks)
+        self._catalogue = Catalogue(models, layers)
+        self._units = Units(stepping, self._catalogue)
+        self._catalogue.adopt(self._units.together.parameters())
+        self._reader = statistics.Reader()
+        self._schedule = Schedule(every)
+        self._own_clip: ClipRecord | None = None
+        self._own_step: _Seen | None = None
+        self._inside = False
+        self._closed = False
+        self._told_failure = False
+        self._ledger = Ledger(
+            run or RunInfo(name=type(next(iter(models.values()))).__name__),
+            contract.Contract(self._catalogue.names),
+            fanout,
+            self._options,
+            thresholds or Thresholds(),
+        )
+        self._watcher = Watcher(models, self._catalogue.owners, self._catalogue.tensors(), outputs=every > 0)
+        self._watcher.recording = self._schedule.due(0)
+        for optimizer in stepping:
+            self._watcher.watch_steps(optimizer, _weakly(self._own_step_begins), _weakly(self._own_step_ends))
+
+    # the step
+
+    def clip_and_step(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+        loss: Tensor | float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> StepRecord:
+        """Unscales, measures, decides, clips if ``clip_coef < 1``, steps, and says what happened.
+
+        It never clears gradients: that is the loop's own act, and is checked.
+
+        Args:
+            optimizer: Which one; None steps all in order under one norm and updates the scaler. With several calls the
+                caller updates the scaler after the last.
+            closure: As ``optimizer.step(closure)`` takes it; gradients are clipped at every evaluation, and the record
+                is about the first.
+            loss: For the record.
+            metrics: Further numbers for the record.
+
+        Returns:
+            The record of the step.
+
+        Raises:
+            NonFiniteGradientError: If gradients are not finite and ``nonfinite="raise"``; no weight has changed.
+            ContractError: If a rule of the loop is broken and ``on_violation="raise"``; the step has been taken.
+            DiagnosisError: If a diagnosis was confirmed and ``on_diagnosis="raise"``; the step has been taken.
+            RuntimeError: If the Monitor is closed.
+        """
+        if self._closed:
+            raise RuntimeError("clip_and_step needs an open Monitor; this one is closed: make a new one.")
+        unit = self._units.of(optimizer)
+        loss_reading = self._reader.ask(loss) if isinstance(loss, Tensor) else None
+        if closure is None:
+            self._unscale(unit)
+            seen = self._measure_and_clip(unit)
+            skipped = self._step(unit, seen)
+        else:
+            seen, skipped = self._step_with_closure(unit, closure), False
+        if optimizer is None and self._scaler is not None:
+            self._scaler.update()
+        known_loss = loss if loss_reading is None else loss_reading.values[0]
+        record = self._conclude(unit, seen, skipped=skipped, loss=known_loss, metrics=metrics)
+        self._say(record)
+        if skipped and self._options.nonfinite == "raise" and self._scaler is None:
+            raise NonFiniteGradientError(
+                f"Step {record.step} was not taken, since its gradients are not finite (total norm "
+                f"{record.clip.total_norm}); look at the first non-finite layer, or pass nonfinite='skip'."
+            )
+        return record
+
+    def _unscale(self, unit: Unit) -> None:
+        """Once per step: what the loop has unscaled already is left alone."""
+        if self._scaler is not None:
+            for optimizer in unit.optimizers:
+                _unscale_once(self._scaler, optimizer)
+
+    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> _Seen:
+        observation = self._observe(unit, recorded=recorded)
+        return _Seen(observation, clip(observation.clipping, observation.norms))
+
+    def _step(self, unit: Unit, seen: _Seen) -> bool:
+        """Steps unless gradients are not finite and the policy says no; returns whether the step was skipped."""
+        finite = math.isfinite(seen.clip.total_norm)
+        if not finite and (self._scaler is not None or self._options.nonfinite != "step"):
+            return True
+        with self._stepping():
+            for optimizer in unit.optimizers:
+                if self._scaler is None:
+                    optimizer.step()
+                else:
+                    self._scaler.step(optimizer)
+        return False
+
+    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> _Seen:
+        if self._scaler is not None:
+            raise ValueError("closure must be None with a GradScaler, which torch does not support; got a closure.")
+        first: list[_Seen] = []
+
+        def clipped() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            seen = self._measure_and_clip(unit, recorded=False if first else None)
+            if not first:
+                first.append(seen)
+            return loss
+
+        with self._stepping():
+            for optimizer in unit.optimizers:
+                optimizer.step(clipped)
+        return first[0] if first else self._measure_and_clip(unit)
+
+    # a loop that calls optimizer.step() itself
+
+    def clip_grad_norm_(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clips in a loop that calls ``optimizer.step()`` itself, and takes note of it.
+
+        Args:
+            parameters: As for ``torch.nn.utils.clip_grad_norm_``.
+            max_norm: Largest norm that passes unchanged; positive.
+            norm_type: The p of the norm; positive, possibly ``inf``.
+
+        Returns:
+            The total norm before clipping, 0-dim.
+        """
+        owners, gradients = statistics.gradients_of([parameters] if isinstance(parameters, Tensor) else parameters)
+        self._watcher.adopt(self._catalogue.adopt(owners))
+        reading = NormReading(gradients, ClipByNorm(max_norm, norm_type))
+        norms = read_norms(reading)
+        self._own_clip = clip(reading, norms)
+        indices = [self._catalogue.index(owner) for owner in owners]
+        self._watcher.timeline.append(contract.Clip(dict(zip(indices, norms.parameters, strict=True))))
+        return reading.total_of(norms)
+
+    def _own_step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._inside or self._closed:
+            return
+        with self._harmless():
+            observation = self._observe(self._units.of(optimizer))
+            seen = clip(observation.clipping, observation.norms, write=False)
+            own, self._own_clip = self._own_clip, None
+            if own is None or not own.applied:
+                self._own_step = _Seen(observation, seen)
+            else:
+                merged = replace(own, total_norm_after=seen.total_norm, shares=seen.shares)
+                self._own_step = _Seen(observation, merged, own.total_norm_after / own.total_norm)
+
+    def _own_step_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        seen, self._own_step = self._own_step, None
+        if seen is not None:
+            with self._harmless():
+                self._say(self._conclude(self._units.of(optimizer), seen, skipped=False))
+
+    # what a step is made of
+
+    def _observe(self, unit: Unit, *, recorded: bool | None = None) -> Observation:
+        """Asks for everything that the step needs, reads it by one copy, and notes what went before."""
+        events = self._watcher.drain()
+        self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
+        passes = [event for event in events if isinstance(event, BackwardPass)]
+        leftovers = [self._reader.ask(one.leftover) for one in passes]
+        self._units.collect(passes)
+        if passes and events[-1] is passes[-1]:
+            self._own_clip = None  # more came in after it, so it does not tell what the step spends
+        observation = Observation(
+            self._catalogue,
+            self._reader,
+            unit.parameters(),
+            self._options.clip,
+            unit.passes,
+            recorded=self._watcher.recording if recorded is None else recorded,
+            loss_scale=None if self._scaler is None else _loss_scale(self._scaler),
+        )
+        observation.settle()
+        readings = iter(leftovers)
+        for event in events:
+            if isinstance(event, BackwardPass):
+                leftover = dict(zip(event.held, next(readings).values, strict=True))
+                self._ledger.note(contract.Backward(frozenset(event.accumulated), leftover, event.replaced))
+            else:
+                self._ledger.note(event)
+        return observation
+
+    def _conclude(
+        self,
+        unit: Unit,
+        seen: _Seen,
+        *,
+        skipped: bool,
+        loss: Tensor | float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> StepRecord:
+        """After the step: asks what it did to the weights, makes the record, and sees to the next step."""
+        observation = seen.observation
+        observation.moved()
+        table = self._catalogue.layers(self._watcher, unit.home)
+        layers = observation.layers(table, seen.clip_factor)
+        clipped = unit.count(clipped=seen.clip.applied)
+        record = StepRecord(
+            step=unit.step - 1,
+            clip=replace(seen.clip, shares=observation.shares(table, seen.clip.shares), clip_fraction=clipped),
+            optimizer=unit.name,
+            loss=None if loss is None else float(loss),
+            lr=unit.learning_rates(),
+            backward_passes=len(observation.passes),
+            loss_scale=observation.loss_scale,
+            layers=layers,
+            skipped=skipped,
+            metrics=dict(metrics or {}),
+            fit=diagnosis.fit_depth(layers.before_step) if observation.recorded else None,
+            recorded=observation.recorded,
+        )
+        record = self._ledger.enter(record, observation.fact(record, self._watcher.rewritten))
+        if not skipped:
+            self._watcher.spend(observation.indices)
+        if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
+            self._schedule.alarm(record.step)
+        self._watcher.recording = any(self._schedule.due(one.step) for one in self._units.active)
+        return record
+
+    def _say(self, record: StepRecord) -> None:
+        if self._watcher.failure is not None and not self._told_failure:
+            self._told_failure = True
+            error = self._watcher.failure
+            self._ledger.warn(
+                f"The hooks failed and were switched off ({type(error).__name__}: {error}); training goes on."
+            )
+        self._ledger.announce(record)
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Steps inside are ours: the step hooks need not look."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """What goes wrong in here ends the watching and not the user's step, unless the user asked for it."""
+        try:
+            yield
+        except (ContractError, DiagnosisError, DiagnosticsWarning):
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever it is, it is ours
+            self._watcher.failed(error)
+            self._told_failure = True
+            self._ledger.warn(
+                f"Watching failed and was switched off ({type(error).__name__}: {error}); training goes on."
+            )
+
+    # what is known
+
+    @property
+    def run(self) -> RunInfo:
+        """Where the run comes from."""
+        return self._ledger.run
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """The newest thousand records, oldest first."""
+        return tuple(self._ledger.records)
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        """All violations, oldest first."""
+        return self._ledger.violations
+
+    @property
+    def diagnoses(self) -> tuple[Diagnosis, ...]:
+        """All diagnoses in order of onset, those that cleared and those that stand."""
+        return self._ledger.diagnoses
+
+    def verdict(self) -> Verdict:
+        """The run in one word, one number and one sentence."""
+        return self._ledger.verdict()
+
+    def plot(self) -> Any:
+        """The run's figures so far as one ``matplotlib.figure.Figure``; needs the extra ``figures``."""
+        from diagnostics.reports import figures  # noqa: PLC0415 -- the only look to the right, and an extra
+
+        return figures.overview(self.records)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing is noted: neither passes nor steps."""
+        with self._watcher.paused():
+            yield
+
+    def close(self, status: str = "finished", error: str | None = None) -> None:
+        """Takes every hook away, writes the end of the run to the sinks and closes them. Again is harmless.
+
+        Args:
+            status: ``"finished"``, ``"failed"`` or ``"interrupted"``.
+            error: The exception in one line.
+
+        Raises:
+            ContractError: If only now it is known which rule was broken, and ``on_violation="raise"``.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for event in self._watcher.drain():
+            if isinstance(event, contract.Clip):
+                self._ledger.note(event)
+        self._watcher.remove()
+        self._ledger.close(status, error)
+
+    def __enter__(self) -> Monitor:  # noqa: PYI034 -- typing.Self came with Python 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(*ending(error))
+
+
+def _unscale_once(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Unscales unless the loop has; torch says so only by an error."""
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise
+
+
+def _loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """The scale as a tensor: ``get_scale()`` would wait for the device."""
+    scale: Tensor | None = scaler._scale  # noqa: SLF001
+    return scale
+
+
+def _weakly(method: Callable[[torch.optim.Optimizer], None]) -> Callable[[torch.optim.Optimizer], None]:
+    """The method, as long as its object lives: an optimizer's hooks must not keep a Monitor alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(optimizer: torch.optim.Optimizer) -> None:
+        target = reference()
+        if target is not None:
+            target(optimizer)
+
+    return call

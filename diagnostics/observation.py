@@ -1,0 +1,224 @@
+"""What one step measures: asked of the device in one go, read by one copy, turned into records."""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from diagnostics import statistics
+from diagnostics.assembly import OUTSIDE, Piece, Sampled, layer_records, piece, update_ratios
+from diagnostics.clipping import ClipByNorm, GradientNorms, NormReading
+from diagnostics.contract import Step
+from diagnostics.depth import Call, find_owners, layer_table
+from diagnostics.hooks import BackwardPass, OutputGradient, Watcher
+from diagnostics.records import Layer, Layers, StepRecord
+
+
+class Catalogue:
+    """Parameters by index and name, and the table of layers.
+
+    Args:
+        models: Name to model.
+        pattern: Regular expression on the names of the layers to tell of; None for all.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], pattern: str | None = None) -> None:
+        self.models = list(models)
+        self.owners, named = find_owners(models)
+        self.names = list(named)
+        self._tensors = [weakref.ref(tensor) for tensor in named.values()]
+        self._index = {id(tensor): index for index, tensor in enumerate(named.values())}
+        self._homes = {name: owner.root for owner in self.owners for name in owner.parameters}
+        self._inside = len(self.names)
+        self._pattern = None if pattern is None else re.compile(pattern)
+        self._table: list[tuple[Layer, Call]] = []
+        self._version = (-1, -1)
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters by index."""
+        return [tensor for tensor in (reference() for reference in self._tensors) if tensor is not None]
+
+    def adopt(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Takes in tensors that are not known yet, as parameters that no model has; returns those."""
+        new = [tensor for tensor in tensors if id(tensor) not in self._index]
+        for tensor in new:
+            self._index[id(tensor)] = len(self.names)
+            self.names.append(f"parameter_{len(self.names) - self._inside}")
+            self._tensors.append(weakref.ref(tensor))
+        return new
+
+    def index(self, tensor: Tensor) -> int:
+        """The index of a known parameter."""
+        return self._index[id(tensor)]
+
+    def name(self, tensor: Tensor) -> str:
+        """The name of a known parameter."""
+        return self.names[self.index(tensor)]
+
+    def home(self, tensors: Sequence[Tensor]) -> int | None:
+        """Which model all these parameters belong to; None if there is no single one."""
+        names = [self.names[self._index[id(tensor)]] for tensor in tensors if id(tensor) in self._index]
+        homes = {self._homes.get(name) for name in names} if len(names) == len(tensors) else set()
+        return homes.pop() if len(homes) == 1 else None
+
+    def layers(self, watcher: Watcher, home: int | None = None) -> list[tuple[Layer, Call]]:
+        """The layers in the order of their calls, and one for parameters that no model has.
+
+        Args:
+            watcher: Has seen the calls.
+            home: Tell only of this model.
+        """
+        version = (sum(len(order.calls) for order in watcher.orders), len(self.names))
+        if version != self._version:
+            self._version = version
+            self._table = self._make_table([order.calls for order in watcher.orders])
+        if home is None:
+            return self._table
+        return [(layer, call) for layer, call in self._table if self.owners[call[0]].root == home]
+
+    def _make_table(self, orders: Sequence[Sequence[Call]]) -> list[tuple[Layer, Call]]:
+        every = [call for root, calls in enumerate(orders) for call in calls or self._registered(root)]
+        table = layer_table(self.owners, every) if every else []
+        outside = tuple(self.names[self._inside :])
+        if outside:
+            table.append((Layer(len(table), OUTSIDE, "Parameter", outside, trunk=False), (-1, 0)))
+        return [entry for entry in table if self._pattern is None or self._pattern.search(entry[0].name)]
+
+    def _registered(self, root: int) -> list[Call]:
+        return [(index, 0) for index, owner in enumerate(self.owners) if owner.root == root]
+
+
+class Observation:
+    """The measurements of one step.
+
+    Asks the reader for everything the step needs before it happens; :meth:`settle` brings the numbers.
+
+    Args:
+        catalogue: The model.
+        reader: Who brings the numbers.
+        held: All parameters of the step's optimizers.
+        rule: How the step clips.
+        passes: Backward passes whose gradients it spends.
+        recorded: Whether to take more than norms.
+        loss_scale: The AMP loss scale, which output gradients are divided by; None without a scaler.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        reader: statistics.Reader,
+        held: Sequence[Tensor],
+        rule: ClipByNorm | None,
+        passes: Sequence[BackwardPass],
+        *,
+        recorded: bool,
+        loss_scale: Tensor | None = None,
+    ) -> None:
+        self.catalogue = catalogue
+        self.reader = reader
+        self.recorded = recorded
+        self.passes = list(passes)
+        parameters, self.gradients = statistics.gradients_of(held)
+        self.indices = [catalogue.index(parameter) for parameter in parameters]
+        self.clipping = NormReading(self.gradients, rule)
+        self._euclidean = self.clipping if self.clipping.norm_type == 2 else NormReading(self.gradients, None)
+        self._norms = reader.ask(self.clipping.tensor())
+        self._euclidean_norms = (
+            self._norms if self._euclidean is self.clipping else reader.ask(self._euclidean.tensor())
+        )
+        self._scale = None if loss_scale is None else reader.ask(loss_scale)
+        self._outputs = [(item, reader.ask(item.profile)) for item in self._noted()] if recorded else []
+        self._profiles = [reader.ask(statistics.profile(gradient)) for gradient in self.gradients] if recorded else []
+        self._held = list(held) if recorded else []
+        self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
+        self._weights = reader.ask(statistics.pack(statistics.parameter_norms(self._before)))
+        self._moved: statistics.Reading | None = None
+
+    def _noted(self) -> list[OutputGradient]:
+        return [item for one in self.passes for item in one.outputs]
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale; 1.0 without a scaler."""
+        return 1.0 if self._scale is None else self._scale.values[0]
+
+    def settle(self) -> GradientNorms:
+        """Reads everything that was asked for; a second time for what fp32 may not have held."""
+        self.norms = self._norms_of(self.clipping, self._norms)
+        euclidean = self.norms
+        if self._euclidean is not self.clipping:
+            euclidean = self._norms_of(self._euclidean, self._euclidean_norms)
+        self.pieces = self._weight_pieces(euclidean)
+        return self.norms
+
+    def moved(self) -> None:
+        """Asks how far the weights have moved, after a recorded step."""
+        if not self.recorded:
+            return
+        after = [statistics.sample(tensor, statistics.UPDATE_SAMPLE) for tensor in self._held]
+        distances = [new.detach() - old for new, old in zip(after, self._before, strict=True)]
+        self._moved = self.reader.ask(statistics.pack(statistics.parameter_norms(distances)))
+        self._before = []
+
+    def layers(self, chosen: Sequence[tuple[Layer, Call]], clip_factor: float = 1.0) -> Layers:
+        """The layers' records; the update ratios come when somebody looks.
+
+        Args:
+            chosen: The layers to tell of.
+            clip_factor: What the gradients had been multiplied by before they were measured.
+        """
+        outputs: dict[Call, list[Piece]] = {}
+        for item, reading in self._outputs:
+            outputs.setdefault(item.call, []).append(piece(item.numel, reading.values, self.loss_scale))
+        weights = self._sampled()
+        pieces = {name: part.divided(clip_factor) for name, part in self.pieces.items()}
+        measured = layer_records([(layer, outputs.get(call, ())) for layer, call in chosen], pieces, weights)
+        moved = self._moved
+        if moved is None:
+            return Layers(measured)
+        names = [self.catalogue.name(tensor) for tensor in self._held]
+        return Layers(measured, lambda: update_ratios(measured, weights, dict(zip(names, moved.values, strict=True))))
+
+    def shares(self, chosen: Sequence[tuple[Layer, Call]], by_parameter: Sequence[float]) -> tuple[float, ...]:
+        """The parts of the norm by layer, from those by parameter."""
+        share = {self.catalogue.names[index]: part for index, part in zip(self.indices, by_parameter, strict=True)}
+        return tuple(math.fsum(share[name] for name in layer.parameters if name in share) for layer, _ in chosen)
+
+    def fact(self, record: StepRecord, rewritten: Callable[[int], bool]) -> Step:
+        """The step as the contract sees it."""
+        norms = dict(zip(self.indices, self.norms.parameters, strict=True))
+        changed = frozenset(index for index in norms if rewritten(index))
+        after = record.clip.total_norm_after
+        rule = self.clipping.rule
+        limit = None if rule is None else rule.max_norm
+        return Step(record.optimizer, record.step, norms, changed, after, limit, record.skipped)
+
+    def _sampled(self) -> dict[str, Sampled]:
+        sampled = {}
+        for tensor, norm in zip(self._held, self._weights.values, strict=True):
+            taken = statistics.sample(tensor, statistics.UPDATE_SAMPLE).numel()
+            factor = math.sqrt(tensor.numel() / taken) if taken else 1.0
+            sampled[self.catalogue.name(tensor)] = Sampled(norm * factor, factor)
+        return sampled
+
+    def _norms_of(self, reading: NormReading, read: statistics.Reading) -> GradientNorms:
+        suspects = reading.suspects(read.values, each=not self.recorded)
+        if not suspects:
+            return reading.norms(read.values)
+        return reading.norms(read.values, suspects, self.reader.ask(reading.exact(suspects)).values)
+
+    def _weight_pieces(self, norms: GradientNorms) -> dict[str, Piece]:
+        names = [self.catalogue.names[index] for index in self.indices]
+        sizes = [gradient.numel() for gradient in self.gradients]
+        if self._profiles:
+            parts = [piece(size, profile.values) for size, profile in zip(sizes, self._profiles, strict=True)]
+        else:
+            parts = [
+                Piece(size, norm, nonfinite=count)
+                for size, norm, count in zip(sizes, norms.parameters, norms.nonfinite, strict=True)
+            ]
+        return dict(zip(names, parts, strict=True))

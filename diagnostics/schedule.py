@@ -1,0 +1,135 @@
+"""Which optimizers step together, how often they have, and which steps are recorded."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from diagnostics.hooks import BackwardPass
+from diagnostics.observation import Catalogue
+from diagnostics.records import SOLE_OPTIMIZER
+
+FIRST_RECORDED = 50
+DENSE_AFTER_ALARM = 20
+_PENDING_PASSES = 256
+
+
+class Unit:
+    """Optimizers that are stepped as one.
+
+    Args:
+        name: What its records are called.
+        optimizers: In the order in which they step.
+        home: The model that all their parameters belong to; None if there is no single one.
+
+    Attributes:
+        step: Number of the step to come.
+        passes: Backward passes into its parameters since its last step; a unit that never steps keeps the newest.
+    """
+
+    def __init__(self, name: str, optimizers: Sequence[torch.optim.Optimizer], home: int | None = None) -> None:
+        self.name = name
+        self.optimizers = tuple(optimizers)
+        self.home = home
+        self.step = 0
+        self.passes: deque[BackwardPass] = deque(maxlen=_PENDING_PASSES)
+        self._clipped = 0
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters that it owns, each once; groups that were added later included."""
+        return list({id(parameter): parameter for parameter in self._parameters()}.values())
+
+    def learning_rates(self) -> tuple[float, ...]:
+        """One per parameter group."""
+        return tuple(float(group["lr"]) for one in self.optimizers for group in one.param_groups if "lr" in group)
+
+    def count(self, *, clipped: bool) -> float:
+        """Counts a step; returns the share of the steps so far that were clipped."""
+        self.step += 1
+        self._clipped += clipped
+        return self._clipped / self.step
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from group["params"]
+
+
+class Units:
+    """All units of a Monitor: every optimizer by itself, and all together.
+
+    Args:
+        optimizers: The optimizers.
+        catalogue: Knows which model a parameter belongs to.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], catalogue: Catalogue) -> None:
+        self.together = Unit(SOLE_OPTIMIZER, optimizers)
+        self.all = [self.together]
+        self._catalogue = catalogue
+        for place, optimizer in enumerate(optimizers if len(optimizers) > 1 else ()):
+            home = catalogue.home(Unit("", [optimizer]).parameters())
+            shared = home is not None and any(unit.home == home for unit in self.all)
+            named = home is not None and not shared and catalogue.models[home]
+            name = named or f"{type(optimizer).__name__.lower()}_{place}"
+            self.all.append(Unit(name, [optimizer], home))
+
+    @property
+    def active(self) -> list[Unit]:
+        """The units that have stepped; all together as long as none has."""
+        return [unit for unit in self.all if unit.step] or [self.together]
+
+    def collect(self, passes: Sequence[BackwardPass]) -> None:
+        """Gives each unit the backward passes into its parameters."""
+        for unit in self.all if passes else ():
+            if len(self.all) == 1:
+                unit.passes.extend(passes)
+            else:
+                own = {self._catalogue.index(parameter) for parameter in unit.parameters()}
+                unit.passes.extend(one for one in passes if not own.isdisjoint(one.accumulated))
+
+    def of(self, optimizer: torch.optim.Optimizer | None) -> Unit:
+        """The unit of one optimizer, or of all for None.
+
+        Raises:
+            ValueError: If the Monitor does not know the optimizer.
+        """
+        if optimizer is None:
+            return self.together
+        for unit in reversed(self.all):
+            if len(unit.optimizers) == 1 and unit.optimizers[0] is optimizer:
+                return unit
+        raise ValueError(
+            f"optimizer must be one that the Monitor was given; got another {type(optimizer).__name__}: "
+            "pass it to Monitor(model, [...]) as well."
+        )
+
+
+class Schedule:
+    """Which steps are recorded: the first 50, every ``every``-th, and twenty after an alarm.
+
+    Args:
+        every: 0 records none, 1 all.
+
+    Example:
+        >>> schedule = Schedule(10)
+        >>> [step for step in range(45, 75) if schedule.due(step)]
+        [45, 46, 47, 48, 49, 50, 60, 70]
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._dense_until = 0
+
+    def due(self, step: int) -> bool:
+        """Whether to record a step."""
+        if self.every == 0:
+            return False
+        return step < max(FIRST_RECORDED, self._dense_until) or step % self.every == 0
+
+    def alarm(self, step: int) -> None:
+        """Records the steps after this one."""
+        self._dense_until = step + 1 + DENSE_AFTER_ALARM

@@ -1,0 +1,261 @@
+"""Tensor in, small tensor out: norms, peaks, counts. Nothing here writes to its input or waits for the device.
+
+Sums of squares leave the range of fp32 for gradients below 1e-22 or above 1e19, which is where vanishing and
+exploding nets live. So every profile of a gradient is taken relative to its peak, and a norm that looks as if it had
+left the range is taken again in float64 (:func:`exact_norms`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UPDATE_SAMPLE = 4096
+FRACTION_SAMPLE = 1024
+TRUSTED_NORMS = (1e-15, 1e15)
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Profile(NamedTuple):
+    """What :func:`profile` packs into one tensor, in this order, once it has been read back."""
+
+    relative_norm: float
+    peak: float
+    zero_fraction: float
+    underflow_fraction: float
+    nonfinite: float
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, each once, and those gradients.
+
+    Args:
+        parameters: Tensors; one that is given twice counts once, one without gradient is left out.
+
+    Returns:
+        The parameters and their gradients, in the order given.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.ones(2)
+        >>> gradients_of([weight, weight, torch.nn.Parameter(torch.zeros(1))])[1]
+        [tensor([1., 1.])]
+    """
+    unique = {id(parameter): parameter for parameter in parameters if parameter.grad is not None}
+    owners = list(unique.values())
+    return owners, [parameter.grad for parameter in owners if parameter.grad is not None]
+
+
+def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> list[Tensor]:
+    """The p-norm of every gradient, in few kernels.
+
+    Half types are accumulated in fp32; everything else gives bit for bit what ``torch.nn.utils.clip_grad_norm_`` sees.
+
+    Args:
+        gradients: Dense, sparse or complex tensors of any shape, dtype and device.
+        norm_type: p > 0, possibly ``inf``.
+
+    Returns:
+        One 0-dim real tensor per gradient, on the gradient's device.
+
+    Example:
+        >>> parameter_norms([torch.tensor([3.0, 4.0])])
+        [tensor(5.)]
+    """
+    norms: list[Tensor | None] = [None] * len(gradients)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        if gradient.numel() == 0:
+            norms[index] = torch.zeros((), device=gradient.device)
+        else:
+            groups.setdefault((gradient.device, gradient.dtype), []).append(index)
+    for (_, dtype), indices in groups.items():
+        accumulate = _accumulation_dtype(dtype)
+        values = torch._foreach_norm([_dense(gradients[i]) for i in indices], norm_type, accumulate)  # noqa: SLF001 -- as torch's own clip
+        for index, value in zip(indices, values, strict=True):
+            norms[index] = value
+    return [norm for norm in norms if norm is not None]
+
+
+def total_norm(norms: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The p-norm of the p-norms, which is the p-norm of all elements together.
+
+    Returns:
+        A 0-dim tensor on the first norm's device; 0.0 for no norms.
+
+    Example:
+        >>> total_norm([torch.tensor(3.0), torch.tensor(4.0)])
+        tensor(5.)
+    """
+    if not norms:
+        return torch.tensor(0.0)
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+
+
+def trusted(total: float) -> bool:
+    """Whether an fp32 norm is far enough from the ends of the range for its squares to have fitted.
+
+    Example:
+        >>> trusted(1.0), trusted(0.0), trusted(math.inf)
+        (True, False, False)
+    """
+    return TRUSTED_NORMS[0] < total < TRUSTED_NORMS[1]
+
+
+def exact_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Norms in float64 and counts of non-finite elements, for gradients whose quick norm left the range of fp32.
+
+    Returns:
+        Shape ``[2, len(gradients)]``: norms, then counts. Each is scaled by its peak, so that fp64 gradients hold too.
+    """
+    peaks = [
+        gradient.abs().amax().double() if gradient.numel() else torch.zeros(()) for gradient in map(_dense, gradients)
+    ]
+    scales = [torch.where(torch.isfinite(peak) & (peak > 0), peak, torch.ones_like(peak)) for peak in peaks]
+    scaled = [
+        _dense(gradient).to(wide(gradient.dtype)) / scale for gradient, scale in zip(gradients, scales, strict=True)
+    ]
+    norms = [norm * scale for norm, scale in zip(parameter_norms(scaled, norm_type), scales, strict=True)]
+    counts = [torch.count_nonzero(~torch.isfinite(_dense(gradient))) for gradient in gradients]
+    return torch.stack([pack(norms), pack(counts)])
+
+
+def sample(tensor: Tensor, limit: int) -> Tensor:
+    """A fixed, evenly spread part of a tensor: a view where the tensor is contiguous.
+
+    The stride is a prime that does not divide the tensor, since one that divides the row sees the same columns again
+    and again (a layer with dead columns would be judged by all of them or none).
+
+    Example:
+        >>> sample(torch.arange(6), 4)
+        tensor([0, 5])
+        >>> sample(torch.arange(6), 6).shape
+        torch.Size([6])
+    """
+    flat = _dense(tensor).detach().reshape(-1)
+    return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
+
+
+def profile(gradient: Tensor) -> Tensor:
+    """Everything a recorded step keeps of one gradient, as one small tensor.
+
+    Args:
+        gradient: Real or complex, any shape; half types are widened to fp32 first.
+
+    Returns:
+        Shape ``[5]`` in the order of :class:`Profile`, on the gradient's device: the norm over the peak, the peak, the
+        shares of zeros and of subnormal numbers in a sample, and the number of non-finite elements.
+
+    Example:
+        >>> profile(torch.tensor([3e-30, 4e-30]))[:2]
+        tensor([1.2500e+00, 4.0000e-30])
+    """
+    values = _dense(gradient).detach()
+    tiny = torch.finfo(values.dtype).tiny
+    values = values.abs() if values.is_complex() else values
+    values = values.float() if values.dtype in _HALF else values
+    if values.numel() == 0:
+        return torch.zeros(len(Profile._fields), dtype=values.dtype, device=values.device)
+    peak = torch.maximum(values.amax(), values.amin().neg())
+    relative = torch.linalg.vector_norm(values / peak.clamp_min(torch.finfo(values.dtype).tiny))
+    part = sample(values, FRACTION_SAMPLE).abs()
+    zero = part == 0
+    nonfinite = torch.linalg.vector_norm(
+        values * 0, 0
+    )  # 0 * x is NaN, which is not zero, exactly where x is not finite
+    fractions = torch.stack([zero, (part < tiny) & ~zero]).to(values.dtype).mean(dim=1)
+    return torch.cat([torch.stack([relative, peak]), fractions, nonfinite.reshape(1)])
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements of small tensors in one float64 vector (fp32 where a device has no float64) on one device."""
+    full = [tensor for tensor in tensors if tensor.numel()]
+    if not full:
+        return torch.zeros(0, dtype=torch.float64)
+    device = next((tensor.device for tensor in full if tensor.device.type != "cpu"), full[0].device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.cat([tensor.detach().to(device, dtype).reshape(-1) for tensor in full])
+
+
+class Reading:
+    """Numbers on their way from the device.
+
+    Looking at ``values`` brings them, and all others that the Reader was asked for, unless they have come already.
+    """
+
+    def __init__(self, reader: Reader, numel: int) -> None:
+        self._reader = reader
+        self._values: list[float] | None = None
+        self.numel = numel
+
+    @property
+    def values(self) -> list[float]:
+        """The numbers, flat."""
+        if self._values is None:
+            self._reader.read()
+        assert self._values is not None
+        return self._values
+
+    def bring(self, values: list[float]) -> None:
+        """The numbers have come."""
+        self._values = values
+
+
+class Reader:
+    """Collects small tensors and brings all of them to the host by one copy: the only place where the host waits.
+
+    Example:
+        >>> reader = Reader()
+        >>> first, second = reader.ask(torch.ones(2)), reader.ask(torch.tensor(3))
+        >>> second.values, first.values, reader.copies
+        ([3.0], [1.0, 1.0], 1)
+    """
+
+    def __init__(self) -> None:
+        self.copies = 0
+        self._asked: list[tuple[Tensor, Reading]] = []
+
+    def ask(self, tensor: Tensor) -> Reading:
+        """Takes a tensor whose values are wanted."""
+        reading = Reading(self, tensor.numel())
+        self._asked.append((tensor, reading))
+        return reading
+
+    def read(self) -> None:
+        """Brings everything that was asked for."""
+        asked, self._asked = self._asked, []
+        values = pack([tensor for tensor, _ in asked]).tolist()
+        self.copies += 1
+        place = 0
+        for _, reading in asked:
+            reading.bring(values[place : place + reading.numel])
+            place += reading.numel
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    return torch.float32 if dtype in _HALF else None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float64, or complex128 for a complex dtype."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _stride(numel: int, limit: int) -> int:
+    stride = max(2, math.ceil(numel / limit))
+    while numel % stride == 0 or not _is_prime(stride):
+        stride += 1
+    return stride
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
