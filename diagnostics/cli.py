@@ -194,6 +194,7 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     with _refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)
+    torch.set_num_threads(trainer.threads)
     torch.manual_seed(trainer.seed)
     model = build(settings["model"], "model", task.inputs, task.outputs).to(device)
     optimizer = build(settings["optimizer"], "optimizer", model.parameters())

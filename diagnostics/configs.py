@@ -54,6 +54,22 @@ class DigitsConfig:
 
 
 @dataclass
+class SeedChainConfig:
+    """conf/task/seed_chain.yaml."""
+
+    _target_: str = "diagnostics.trainers.seed_chain.SeedChain"
+    story: bool = MISSING
+
+
+@dataclass
+class SigmoidChainConfig:
+    """conf/model/sigmoid_chain.yaml."""
+
+    _target_: str = "diagnostics.trainers.seed_chain.SigmoidChain"
+    depth: int = MISSING
+
+
+@dataclass
 class MLPConfig:
     """conf/model/mlp.yaml."""
 
@@ -177,6 +193,7 @@ class TrainerConfig:
     evaluate_every: int = MISSING
     seed: int = MISSING
     device: str = MISSING
+    threads: int = MISSING
     mistake: Mistake = MISSING
     objective: str = MISSING
 
@@ -196,7 +213,9 @@ class TrainConfig:
 
 SCHEMAS: Mapping[str, type] = {
     "task_digits": DigitsConfig,
+    "task_seed_chain": SeedChainConfig,
     "model_mlp": MLPConfig,
+    "model_sigmoid_chain": SigmoidChainConfig,
     "optimizer_sgd": SGDConfig,
     "optimizer_adam": AdamConfig,
     "optimizer_adamw": AdamWConfig,

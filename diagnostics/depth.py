@@ -165,7 +165,7 @@ def _heir(owners: Sequence[Owner], called: set[int], order: list[Call], index: i
 
 
 def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
-    held = dict(module.named_parameters(recurse=False))
+    held: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     parametrized = getattr(module, "parametrizations", None)
     if isinstance(parametrized, nn.ModuleDict):
         held |= {f"parametrizations.{name}": value for name, value in parametrized.named_parameters()}

@@ -58,19 +58,21 @@ class BackwardPass:
 class _Hook:
     """A callable for torch to hold. A copy of a model (``deepcopy``, ``pickle``) carries a hook that does nothing."""
 
-    __slots__ = ("index", "note", "watcher")
+    __slots__ = ("key", "note", "watcher")
 
-    def __init__(self, watcher: Watcher | None = None, note: Callable[..., None] | None = None, index: int = 0) -> None:
+    def __init__(
+        self, watcher: Watcher | None = None, note: Callable[..., None] | None = None, key: int | Call = 0
+    ) -> None:
         self.watcher = watcher
         self.note = note
-        self.index = index
+        self.key = key
 
     def __call__(self, *args: Any) -> None:
         watcher, note = self.watcher, self.note
         if watcher is None or note is None or not watcher.listening:
             return
         try:
-            note(self.index, *args)
+            note(self.key, *args)
         except Exception as error:  # noqa: BLE001 -- an exception here would end the user's backward, or hang other ranks
             watcher.failed(error)
 
@@ -133,8 +135,8 @@ class Watcher:
             if parameter.requires_grad and parameter.is_leaf:
                 before = _Hook(self, self._before_accumulation, index)
                 after = _Hook(self, self._after_accumulation, index)
-                self._handles.append(parameter.register_hook(before))
-                self._handles.append(parameter.register_post_accumulate_grad_hook(after))
+                self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
+                self._handles.append(parameter.register_post_accumulate_grad_hook(after))  # type: ignore[no-untyped-call]
 
     def watch_steps(
         self,
@@ -242,7 +244,7 @@ class Watcher:
         for tensor in _tensors_in(output):
             if tensor.requires_grad:
                 self._attached.add(call)
-                tensor.register_hook(_Hook(self, lambda _, gradient, call=call: self._output_gradient(call, gradient)))
+                tensor.register_hook(_Hook(self, self._output_gradient, call))  # type: ignore[no-untyped-call]
 
     def _begin_trace(self, root: int) -> None:
         self._end_trace(root)

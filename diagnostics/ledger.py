@@ -159,8 +159,8 @@ class Ledger:
 
     def _summary(self) -> dict[str, str | float]:
         verdict, violations = self.verdict(), self.violations
-        unlawful = verdict.condition == "healthy" and violations
-        values = {
+        unlawful = verdict.condition == "healthy" and bool(violations)
+        values: dict[str, str | float | None] = {
             "verdict": "healthy gradients, unlawful loop" if unlawful else verdict.condition,
             "severity": verdict.severity,
             "decades": self._decades,

@@ -94,7 +94,8 @@ def total_norm(norms: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     if not norms:
         return torch.tensor(0.0)
     device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+    return total
 
 
 def trusted(total: float) -> bool:
