@@ -327,7 +327,7 @@ def _sigterm_interrupts() -> Iterator[None]:
     """Lets SIGTERM end a run as Ctrl-C does, so that its sinks are closed."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise Terminated
+        raise Terminated("SIGTERM")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
@@ -341,9 +341,8 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def _report_failure(error: Exception) -> None:
     """Says at once what failed: Hydra shows only a sweep's first failure, and that one at the end."""
-    config = HydraConfig.get()
     trace = "" if isinstance(error, SAID) else "".join(traceback.format_exception(error))
-    write_line(f"{trace}Job {config.job.num} ({' '.join(config.overrides.task)}) failed: {error}")
+    write_line(f"{trace}Job {HydraConfig.get().job.num} ({describe_job().name}) failed: {error}")
 
 
 def _below_hydra(error: Exception) -> TracebackType | None:

@@ -8,8 +8,9 @@ one infinite element turns all finite gradients into zeros. Here gradients are t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -93,10 +94,10 @@ class NormReading:
             values: What :meth:`tensor` was read as.
             each: Judge every gradient on its own where the total is sound.
         """
-        if not statistics.trusted(values[0]):
+        if not statistics.trusted(values[0], self.norm_type):
             return list(range(len(self.gradients)))
         norms = values[len(values) - len(self.gradients) :]
-        return [index for index, norm in enumerate(norms) if not statistics.trusted(norm)] if each else []
+        return [i for i, norm in enumerate(norms) if not statistics.trusted(norm, self.norm_type)] if each else []
 
     def total_of(self, norms: GradientNorms) -> Tensor:
         """The total as a 0-dim tensor; float64 where the gradients' own norm cannot hold it."""
@@ -200,10 +201,11 @@ def clip_gradients(parameters: Tensor | Iterable[Tensor], rule: ClipByNorm | Non
         rule: How; None to measure only.
 
     Returns:
-        The record; its shares are by parameter, in the order given.
+        The record; its shares are by parameter, in the order given, without those that have no gradient.
 
     Raises:
-        TypeError: If parameters are not tensors.
+        TypeError: If parameters are not tensors, or the rule is none.
+        ValueError: If parameters is an exhausted iterator.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.tensor([3.0, 4.0])
@@ -212,7 +214,10 @@ def clip_gradients(parameters: Tensor | Iterable[Tensor], rule: ClipByNorm | Non
         >>> weight.grad
         tensor([0.6000, 0.8000])
     """
-    return _measure_and_clip(_tensors(parameters), rule)
+    if rule is not None and not isinstance(rule, ClipByNorm):
+        raise TypeError(f"rule must be a rule such as ClipByNorm(max_norm=1.0), or None; got {rule!r}.")
+    reading = NormReading(statistics.gradients_of(tensors_of(parameters))[1], rule)
+    return clip(reading, read_norms(reading))
 
 
 def clip_grad_norm_(
@@ -239,7 +244,7 @@ def clip_grad_norm_(
         The total norm before clipping, 0-dim; float64 where fp32 cannot hold it.
 
     Raises:
-        ValueError: If max_norm or norm_type is not a positive number.
+        ValueError: If max_norm or norm_type is not a positive number, or parameters is an exhausted iterator.
         TypeError: If parameters are not tensors.
         NonFiniteGradientError: A RuntimeError, if asked for.
 
@@ -249,9 +254,8 @@ def clip_grad_norm_(
         tensor(5.)
     """
     del foreach
-    tensors = _tensors(parameters)
     rule = ClipByNorm(max_norm, norm_type)
-    reading = NormReading(statistics.gradients_of(tensors)[1], rule)
+    reading = NormReading(statistics.gradients_of(tensors_of(parameters))[1], rule)
     norms = read_norms(reading)
     if error_if_nonfinite and not math.isfinite(norms.total):
         raise NonFiniteGradientError(
@@ -276,16 +280,28 @@ def read_norms(reading: NormReading) -> GradientNorms:
 
 def positive(name: str, value: float) -> float:
     """The value as a float if it is a positive number; a ValueError that says so otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
         raise ValueError(f"{name} must be a positive number; got {value!r}.")
     return float(value)
 
 
-def _measure_and_clip(parameters: Sequence[Tensor], rule: ClipByNorm | None) -> ClipRecord:
-    reading = NormReading(statistics.gradients_of(parameters)[1], rule)
-    return clip(reading, read_norms(reading))
+def tensors_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The parameters as a list; a clear error for what holds none, such as a generator that was used up before."""
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be tensors; got {type(parameters).__name__}: pass model.parameters().")
+    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"parameters must be tensors; got {type(tensor).__name__}: pass model.parameters().")
+    if not tensors and isinstance(parameters, Iterator):
+        raise ValueError(
+            f"parameters must yield tensors; got a {type(parameters).__name__} with nothing left in it: "
+            "pass a list, which can be read again."
+        )
+    return tensors
 
 
+@torch.no_grad()
 def _scale(reading: NormReading, coefficient: float, *, exact: bool) -> None:
     gradients = [gradient for gradient in reading.gradients if gradient.numel()]
     if exact:
@@ -299,11 +315,3 @@ def _scale(reading: NormReading, coefficient: float, *, exact: bool) -> None:
         groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, _), members in groups.items():
         torch._foreach_mul_(members, reading.coefficient.to(device))
-
-
-def _tensors(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"parameters must be tensors; got {type(tensor).__name__}: pass model.parameters().")
-    return tensors

@@ -255,7 +255,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Example:
         >>> resolve(OmegaConf.create({"optimizer": {"lr": float("nan")}}))
         Traceback (most recent call last):
-        diagnostics.configs.ConfigurationError: optimizer.lr must be a number; got nan.
+        diagnostics.configs.ConfigurationError: optimizer.lr must be a finite number of at least 0; got nan.
     """
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
@@ -284,9 +284,10 @@ def _bad_numbers(value: Any, key: str) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _bad_numbers(item, key)
-    elif isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and key.startswith("optimizer."))):
-        finite = "" if math.isnan(value) else "finite "
-        yield f"{key} must be a {finite}number; got {value}."
+    elif isinstance(value, float) and key.startswith("optimizer.") and not 0 <= value < math.inf:
+        yield f"{key} must be a finite number of at least 0; got {value}."
+    elif isinstance(value, float) and math.isnan(value):
+        yield f"{key} must be a number; got nan."
 
 
 def sentence(error: Exception) -> str:

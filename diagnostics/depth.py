@@ -11,6 +11,9 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
+from itertools import pairwise
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -93,8 +96,9 @@ def find_owners(models: Mapping[str, nn.Module]) -> tuple[list[Owner], dict[str,
 class CallOrder:
     """The order of calls over all forward passes seen so far.
 
-    A call that is new is put right behind the call that came before it, so a longer sequence or a branch that is taken
-    for the first time finds its place without moving the others out of order.
+    It keeps the order of every pass, so long as passes do not contradict each other: a branch that is taken for the
+    first time, a longer sequence, layers that are dropped at random. What no pass orders stands as it was registered,
+    and of two passes that contradict each other the earlier one counts.
 
     Example:
         >>> order = CallOrder()
@@ -108,20 +112,50 @@ class CallOrder:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self._known: set[Call] = set()
+        self.version = 0
+        self._next: dict[Call, set[Call]] = {}  # what some pass called right behind a call
 
     def extend(self, trace: Sequence[Call]) -> bool:
-        """Takes the calls of one forward pass in their order; returns whether one of them was new."""
-        before = len(self.calls)
-        place = 0
+        """Takes the calls of one forward pass in their order; returns whether they said anything new."""
+        news = False
         for call in trace:
-            if call not in self._known:
-                self._known.add(call)
-                self.calls.insert(place, call)
-            elif self.calls[place : place + 1] != [call]:
-                place = self.calls.index(call)
-            place += 1
-        return len(self.calls) > before
+            news |= call not in self._next
+            self._next.setdefault(call, set())
+        for call, following in pairwise(trace):
+            if following not in self._next[call] and not self._leads(following, call):
+                self._next[call].add(following)
+                news = True
+        if news:
+            self.calls = self._sorted()
+            self.version += 1
+        return news
+
+    def _leads(self, start: Call, goal: Call) -> bool:
+        """Whether the goal is known to come behind the start, or is the start."""
+        seen, waiting = {start}, [start]
+        while waiting:
+            call = waiting.pop()
+            if call == goal:
+                return True
+            waiting += self._next[call] - seen
+            seen |= self._next[call]
+        return False
+
+    def _sorted(self) -> list[Call]:
+        sorter: TopologicalSorter[Call] = TopologicalSorter()
+        for call, following in self._next.items():
+            sorter.add(call)
+            for one in following:
+                sorter.add(one, call)
+        sorter.prepare()
+        calls: list[Call] = []
+        ready: list[Call] = []
+        while sorter.is_active():
+            for call in sorter.get_ready():
+                heappush(ready, call)
+            calls.append(heappop(ready))
+            sorter.done(calls[-1])
+        return calls
 
 
 def layer_table(owners: Sequence[Owner], calls: Sequence[Call]) -> list[tuple[Layer, Call]]:
@@ -144,7 +178,7 @@ def layer_table(owners: Sequence[Owner], calls: Sequence[Call]) -> list[tuple[La
     parameters = {index: list(owners[index].parameters) for index in called}
     for index, owner in enumerate(owners):
         if index not in called and owner.parameters:
-            parameters[_heir(owners, called, order, index)].extend(owner.parameters)
+            parameters[_heir(owners, called, index)].extend(owner.parameters)
     repeated = {owner for owner, rank in order if rank > 0}
     table = []
     for depth, (index, rank) in enumerate(order):
@@ -155,13 +189,13 @@ def layer_table(owners: Sequence[Owner], calls: Sequence[Call]) -> list[tuple[La
     return table
 
 
-def _heir(owners: Sequence[Owner], called: set[int], order: list[Call], index: int) -> int:
-    """The nearest called ancestor of an owner that is never called, else the called owner registered just before it."""
+def _heir(owners: Sequence[Owner], called: set[int], index: int) -> int:
+    """The nearest called ancestor of an owner that is never called, else its model's owner registered just before it."""
     ancestors = [i for i in called if owners[i].above(owners[index])]
     if ancestors:
         return max(ancestors, key=lambda i: len(owners[i].path))
-    before = [i for i in called if i < index]
-    return max(before) if before else order[0][0]
+    near = [i for i in called if owners[i].root == owners[index].root] or list(called)
+    return max((i for i in near if i < index), default=min(near))
 
 
 def _own_parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class BackwardPass:
         held: Parameters that a step had spent and whose ``.grad`` was not None when the pass began.
         leftover: 1-norm of those gradients at that moment; a norm without squares, so that none is too small for it.
         replaced: Those of them whose ``.grad`` was no longer the tensor that the step had spent.
+        cleared: Parameters to which an earlier pass had added what no step has spent, and whose ``.grad`` was None.
         accumulated: Parameters that the pass added to.
         outputs: Profiles of output gradients, in the order of the backward pass.
     """
@@ -51,6 +52,7 @@ class BackwardPass:
     held: tuple[int, ...] = ()
     leftover: Tensor = field(default_factory=lambda: torch.zeros(0))
     replaced: frozenset[int] = frozenset()
+    cleared: frozenset[int] = frozenset()
     accumulated: set[int] = field(default_factory=set)
     outputs: list[OutputGradient] = field(default_factory=list)
 
@@ -116,6 +118,7 @@ class Watcher:
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._spent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._unspent: set[int] = set()
         self._running: list[int] = []
         self._current = BackwardPass()
         self._ranks: dict[int, int] = {}
@@ -166,6 +169,7 @@ class Watcher:
         """Notes that a step has spent the gradients of these parameters, as they are now."""
         for index in indices:
             parameter = self._parameters[index]()
+            self._unspent.discard(index)
             if parameter is not None and parameter.grad is not None:
                 self._spent[index] = (weakref.ref(parameter.grad), _version(parameter.grad))
 
@@ -303,23 +307,30 @@ class Watcher:
     def _finish_pass(self) -> None:
         if self._current.accumulated:  # autograd.grad accumulates into nobody, and its output gradients do not count
             self.timeline.append(self._current)
+            self._unspent |= self._current.accumulated
         self._current = BackwardPass()
         self._begun = [False for _ in self._begun]
 
     def _look(self) -> BackwardPass:
-        """What is left of gradients that a step has spent, before this pass adds to them."""
+        """What is in ``.grad`` before a pass adds to it: what a step has spent, or nothing where something was."""
+        cleared = frozenset(index for index in self._unspent if self._gradient(index) is None)
+        self._unspent -= cleared
         held: dict[int, Tensor] = {}
         for index in list(self._spent):
-            parameter = self._parameters[index]()
-            if parameter is None or parameter.grad is None:
+            gradient = self._gradient(index)
+            if gradient is None:
                 del self._spent[index]
             else:
-                held[index] = parameter.grad
+                held[index] = gradient
         if not held:
-            return BackwardPass()
+            return BackwardPass(cleared=cleared)
         replaced = [index for index, gradient in held.items() if self._spent[index][0]() is not gradient]
         leftover = statistics.pack(statistics.parameter_norms([*held.values()], 1.0))
-        return BackwardPass(tuple(held), leftover, frozenset(replaced))
+        return BackwardPass(tuple(held), leftover, frozenset(replaced), cleared)
+
+    def _gradient(self, index: int) -> Tensor | None:
+        parameter = self._parameters[index]()
+        return None if parameter is None else parameter.grad
 
 
 def _graph_task() -> int:

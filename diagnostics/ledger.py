@@ -6,6 +6,7 @@ No torch. A record whose update ratios are still on their way is handed to the s
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections import deque
 from dataclasses import replace
@@ -33,7 +34,7 @@ from diagnostics.sinks.fanout import Fanout
 WINDOW = 1000
 """How many records are kept."""
 
-_SURFACE = 5  # frames between a warning and the user's line
+_NOT_THE_USER = ("diagnostics", "torch", "contextlib")
 
 
 class Ledger:
@@ -116,7 +117,7 @@ class Ledger:
 
     def warn(self, text: str) -> None:
         """Warns at the user's line."""
-        warnings.warn(text, DiagnosticsWarning, stacklevel=_SURFACE)
+        warnings.warn(text, DiagnosticsWarning, stacklevel=_frames_to_the_user())
 
     def close(self, status: str, error: str | None) -> None:
         """Hands on what is left and says how the run ended."""
@@ -183,6 +184,14 @@ def ending(error: BaseException | None) -> tuple[str, str | None]:
         return "finished", None
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     return ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed"), line
+
+
+def _frames_to_the_user() -> int:
+    """How far up the first frame is that is neither ours nor torch's, which calls our step hooks."""
+    frame, level = sys._getframe(1), 1  # noqa: SLF001 -- what the warnings module itself goes by
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _with_remedies(found: Diagnosis) -> str:

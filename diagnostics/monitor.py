@@ -275,7 +275,7 @@ class Monitor:
             self._reader,
             unit.parameters(),
             self._options.clip,
-            unit.passes,
+            self._units.take(unit),
             recorded=self._watcher.recording if recorded is None else recorded,
             loss_scale=None if self._scaler is None else _loss_scale(self._scaler),
         )

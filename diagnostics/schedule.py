@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,7 +34,7 @@ class Unit:
         self.optimizers = tuple(optimizers)
         self.home = home
         self.step = 0
-        self.passes: deque[BackwardPass] = deque(maxlen=_PENDING_PASSES)
+        self.passes: list[BackwardPass] = []
         self._clipped = 0
 
     def parameters(self) -> list[Tensor]:
@@ -83,13 +82,25 @@ class Units:
         return [unit for unit in self.all if unit.step] or [self.together]
 
     def collect(self, passes: Sequence[BackwardPass]) -> None:
-        """Gives each unit the backward passes into its parameters."""
+        """Gives each unit the backward passes into its parameters, less those whose gradients were cleared unspent."""
         for unit in self.all if passes else ():
-            if len(self.all) == 1:
-                unit.passes.extend(passes)
-            else:
-                own = {self._catalogue.index(parameter) for parameter in unit.parameters()}
-                unit.passes.extend(one for one in passes if not own.isdisjoint(one.accumulated))
+            own = self._own(unit)
+            for one in passes:
+                if one.cleared:
+                    unit.passes = [old for old in unit.passes if not (old.accumulated & own) <= one.cleared]
+                if not one.accumulated.isdisjoint(own):
+                    unit.passes = [*unit.passes, one][-_PENDING_PASSES:]
+
+    def take(self, unit: Unit) -> list[BackwardPass]:
+        """The passes that a step of this unit spends; no other step of the same optimizers will."""
+        passes = unit.passes
+        for other in self.all:
+            if not set(other.optimizers).isdisjoint(unit.optimizers):
+                other.passes = []
+        return passes
+
+    def _own(self, unit: Unit) -> set[int]:
+        return {self._catalogue.index(parameter) for parameter in unit.parameters()}
 
     def of(self, optimizer: torch.optim.Optimizer | None) -> Unit:
         """The unit of one optimizer, or of all for None.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 UPDATE_SAMPLE = 4096
 FRACTION_SAMPLE = 1024
-TRUSTED_NORMS = (1e-15, 1e15)
+TRUSTED_DECADES = 30.0
+"""fp32 reaches 38 decades down and up from 1; a sum of powers this far out is held with room to spare."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -50,6 +51,7 @@ def gradients_of(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tenso
     return owners, [parameter.grad for parameter in owners if parameter.grad is not None]
 
 
+@torch.no_grad()
 def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> list[Tensor]:
     """The p-norm of every gradient, in few kernels.
 
@@ -66,18 +68,19 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> list
         >>> parameter_norms([torch.tensor([3.0, 4.0])])
         [tensor(5.)]
     """
-    norms: list[Tensor | None] = [None] * len(gradients)
+    values = [_dense(gradient) for gradient in gradients]
+    norms: list[Tensor | None] = [None] * len(values)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, gradient in enumerate(gradients):
-        if gradient.numel() == 0:
-            norms[index] = torch.zeros((), device=gradient.device)
+    for index, value in enumerate(values):
+        if value.numel() == 0:
+            dtype = _accumulation_dtype(value.dtype) or value.dtype.to_real()
+            norms[index] = torch.zeros((), dtype=dtype, device=value.device)
         else:
-            groups.setdefault((gradient.device, gradient.dtype), []).append(index)
+            groups.setdefault((value.device, value.dtype), []).append(index)
     for (_, dtype), indices in groups.items():
-        accumulate = _accumulation_dtype(dtype)
-        values = torch._foreach_norm([_dense(gradients[i]) for i in indices], norm_type, accumulate)  # noqa: SLF001 -- as torch's own clip
-        for index, value in zip(indices, values, strict=True):
-            norms[index] = value
+        found = torch._foreach_norm([values[i] for i in indices], norm_type, _accumulation_dtype(dtype))  # noqa: SLF001 -- as torch's own clip
+        for index, norm in zip(indices, found, strict=True):
+            norms[index] = norm
     return [norm for norm in norms if norm is not None]
 
 
@@ -98,16 +101,18 @@ def total_norm(norms: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     return total
 
 
-def trusted(total: float) -> bool:
-    """Whether an fp32 norm is far enough from the ends of the range for its squares to have fitted.
+def trusted(total: float, norm_type: float = 2.0) -> bool:
+    """Whether an fp32 norm is far enough from the ends of the range for its p-th powers to have fitted.
 
     Example:
         >>> trusted(1.0), trusted(0.0), trusted(math.inf)
         (True, False, False)
     """
-    return TRUSTED_NORMS[0] < total < TRUSTED_NORMS[1]
+    power = 1.0 if math.isinf(norm_type) else max(norm_type, 1.0)
+    return total > 0 and abs(math.log10(total)) * power < TRUSTED_DECADES
 
 
+@torch.no_grad()
 def exact_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Norms in float64 and counts of non-finite elements, for gradients whose quick norm left the range of fp32.
 
@@ -163,7 +168,7 @@ def profile(gradient: Tensor) -> Tensor:
     if values.numel() == 0:
         return torch.zeros(len(Profile._fields), dtype=values.dtype, device=values.device)
     peak = torch.maximum(values.amax(), values.amin().neg())
-    relative = torch.linalg.vector_norm(values / peak.clamp_min(torch.finfo(values.dtype).tiny))
+    relative = torch.linalg.vector_norm(values / torch.where(peak > 0, peak, torch.ones_like(peak)))
     part = sample(values, FRACTION_SAMPLE).abs()
     zero = part == 0
     nonfinite = torch.linalg.vector_norm(
