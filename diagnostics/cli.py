@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 OURS = ("diagnostics", "torch")  # what a `_target_` may name: nothing that was not written to be configured
 PAGE = "page.html"
 # Errors that say in one sentence what a person has to know: where in the code they arose is of no interest.
-SAID = (ConfigurationError, ContractError, DiagnosisError, NonFiniteGradientError)
+SAID = (ConfigurationError, ContractError, DiagnosisError, NonFiniteGradientError, ConnectionError)
 WANTS_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # Hydra's own switch, read before we set it
 
 register()  # at import: the workers of a parallel sweep import this module before they compose their jobs
@@ -100,7 +100,8 @@ def train() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise what it would print in many lines
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)
     try:
-        main()
+        with _sigterm_interrupts():
+            main()
     except KeyboardInterrupt as error:
         sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
     except Exception as error:
@@ -253,14 +254,21 @@ def open_sinks(
             return
         from diagnostics.sinks.wandb import WandbSink
 
-        yield [*opened, WandbSink(run)], run.log
+        yield [*opened, WandbSink(run, per_layer=sinks["wandb"]["per_layer"], own=True)], run.log
 
 
 def _wandb_run(options: Mapping[str, Any], info: RunInfo, place: Job) -> AbstractContextManager[Any]:
     from diagnostics.sinks.wandb import open_run
 
-    group = options["group"] or place.group
-    return open_run(**{**options, "group": group}, name=info.name, config=info.config, directory=place.shared)
+    return open_run(
+        project=options["project"],
+        name=info.name,
+        group=options["group"] or place.group,
+        notes=options["notes"],
+        config=info.config,
+        directory=place.shared,
+        mode=options["mode"],
+    )
 
 
 def describe_job() -> Job:

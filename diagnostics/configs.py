@@ -172,6 +172,7 @@ class WandbSinkConfig:
     mode: WandbMode = MISSING
     group: str | None = None
     notes: str | None = None
+    per_layer: bool = MISSING
 
 
 @dataclass

@@ -100,6 +100,10 @@ class CallOrder:
     first time, a longer sequence, layers that are dropped at random. What no pass orders stands as it was registered,
     and of two passes that contradict each other the earlier one counts.
 
+    Attributes:
+        calls: All calls, in order.
+        version: Grows whenever they change.
+
     Example:
         >>> order = CallOrder()
         >>> order.extend([(0, 0), (1, 0)])
@@ -116,8 +120,8 @@ class CallOrder:
         self._next: dict[Call, set[Call]] = {}  # what some pass called right behind a call
 
     def extend(self, trace: Sequence[Call]) -> bool:
-        """Takes the calls of one forward pass in their order; returns whether they said anything new."""
-        news = False
+        """Takes the calls of one forward pass in their order; returns whether that changed the order."""
+        before, news = self.calls, False
         for call in trace:
             news |= call not in self._next
             self._next.setdefault(call, set())
@@ -127,8 +131,8 @@ class CallOrder:
                 news = True
         if news:
             self.calls = self._sorted()
-            self.version += 1
-        return news
+        self.version += self.calls != before
+        return self.calls != before
 
     def _leads(self, start: Call, goal: Call) -> bool:
         """Whether the goal is known to come behind the start, or is the start."""
@@ -190,7 +194,7 @@ def layer_table(owners: Sequence[Owner], calls: Sequence[Call]) -> list[tuple[La
 
 
 def _heir(owners: Sequence[Owner], called: set[int], index: int) -> int:
-    """The nearest called ancestor of an owner that is never called, else its model's owner registered just before it."""
+    """The nearest called ancestor of an owner that is never called, else the one of its model registered before it."""
     ancestors = [i for i in called if owners[i].above(owners[index])]
     if ancestors:
         return max(ancestors, key=lambda i: len(owners[i].path))

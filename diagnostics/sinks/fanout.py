@@ -28,10 +28,11 @@ class Fanout:
     """
 
     def __init__(self, sinks: Sequence[Sink] | str = "auto") -> None:
-        self._sinks = _automatic() if isinstance(sinks, str) and sinks == "auto" else list(sinks)
-        for sink in self._sinks:
-            if not isinstance(sink, Sink):
-                raise TypeError(f"sinks must be 'auto' or a list of objects with write and close; got {sink!r}.")
+        given = [sinks] if isinstance(sinks, str) else list(sinks)
+        self._sinks = _automatic() if given == ["auto"] else [sink for sink in given if isinstance(sink, Sink)]
+        if len(self._sinks) < len(given):
+            wrong = next(sink for sink in given if not isinstance(sink, Sink))
+            raise TypeError(f"sinks must be 'auto' or a list of objects with write and close; got {wrong!r}.")
 
     def write(self, event: Event) -> list[str]:
         """Hands the event on; returns a sentence for each sink that failed and was switched off."""
@@ -45,7 +46,7 @@ class Fanout:
 
     def _each(self, method: str, *arguments: Event) -> list[str]:
         failures = []
-        for sink in list(self._sinks):
+        for sink in tuple(self._sinks):
             try:
                 getattr(sink, method)(*arguments)
             except Exception as error:  # noqa: BLE001 -- a full disk or a lost server must not end the training

@@ -1,0 +1,145 @@
+"""Models whose depth, activation, initialisation and normalisation are dials, so that gradients can misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "identity": nn.Identity,
+}
+NORMS: Mapping[str, Callable[[int], nn.Module]] = {
+    "none": lambda _width: nn.Identity(),
+    "layer": nn.LayerNorm,
+    "batch": nn.BatchNorm1d,
+}
+# torch.nn.init.calculate_gain's numbers; GELU has none there and behaves like ReLU away from zero.
+GAINS = {"relu": 2**0.5, "tanh": 5 / 3, "sigmoid": 1.0, "gelu": 2**0.5, "identity": 1.0}
+
+
+def _default(_weight: Tensor, _gain: float) -> None:
+    """Leaves what nn.Linear drew: uniform with standard deviation 1/sqrt(3 * fan_in)."""
+
+
+def _kaiming(weight: Tensor, gain: float) -> None:
+    nn.init.normal_(weight, std=gain / weight.shape[1] ** 0.5)
+
+
+def _xavier(weight: Tensor, _gain: float) -> None:
+    nn.init.xavier_normal_(weight)
+
+
+def _orthogonal(weight: Tensor, gain: float) -> None:
+    nn.init.orthogonal_(weight, gain)
+
+
+INITS: Mapping[str, Callable[[Tensor, float], None]] = {
+    "default": _default,
+    "kaiming": _kaiming,
+    "xavier": _xavier,
+    "orthogonal": _orthogonal,
+}
+
+Option = TypeVar("Option")
+
+
+class Block(nn.Module):
+    """Linear, normalisation, activation; with a residual connection the input is added to the result.
+
+    Example:
+        >>> Block(8, 8, activation="tanh", norm="layer", residual=True).residual
+        True
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, activation: str, norm: str, residual: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.norm = _option(NORMS, norm, "norm")(outputs)
+        self.activation = _option(ACTIVATIONS, activation, "activation")()
+        self.residual = residual
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Maps ``(batch, inputs)`` to ``(batch, outputs)``."""
+        result: Tensor = self.activation(self.norm(self.linear(hidden)))
+        return hidden + result if self.residual else result
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron: ``depth`` hidden layers of one width, then a linear layer to the outputs.
+
+    Args:
+        inputs: Features of one example; further dimensions are flattened.
+        outputs: Numbers to predict.
+        depth: Hidden layers, at least 1. The network has ``depth + 1`` Linear layers.
+        width: Units of each hidden layer, at least 1.
+        activation: ``relu``, ``tanh``, ``sigmoid``, ``gelu`` or ``identity``.
+        init: Weights of all Linear layers. ``default`` leaves PyTorch's; ``kaiming`` is normal with standard deviation
+            ``gain / sqrt(fan_in)`` (He et al. 2015); ``xavier`` is normal with variance ``2 / (fan_in + fan_out)``
+            (Glorot and Bengio 2010), without a gain; ``orthogonal`` has orthonormal rows or columns times the gain
+            (Saxe et al. 2014). The gain is ``torch.nn.init.calculate_gain``'s for the activation (ReLU's for GELU), 1
+            for the last layer. All but ``default`` set biases to zero.
+        norm: Between Linear and activation: ``none``, ``layer`` or ``batch``.
+        residual: Whether each hidden layer but the first, which changes the width, adds its input to its result.
+
+    Raises:
+        ValueError: An option that does not exist, or a size below 1.
+
+    Example:
+        >>> import torch
+        >>> model = MLP(64, 10, depth=2, width=32)
+        >>> model(torch.zeros(5, 64)).shape
+        torch.Size([5, 10])
+        >>> sum(isinstance(module, nn.Linear) for module in model.modules())
+        3
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        depth: int = 4,
+        width: int = 128,
+        activation: str = "relu",
+        init: str = "default",
+        norm: str = "none",
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, size in (("depth", depth), ("width", width)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}.")
+        self.hidden = nn.Sequential(
+            *(
+                Block(width if i else inputs, width, activation=activation, norm=norm, residual=residual and i > 0)
+                for i in range(depth)
+            )
+        )
+        self.head = nn.Linear(width, outputs)
+        _initialise(self, init, activation)
+
+    def forward(self, examples: Tensor) -> Tensor:
+        """Maps ``(batch, ...)`` with ``inputs`` numbers per example to ``(batch, outputs)``."""
+        result: Tensor = self.head(self.hidden(examples.flatten(1)))
+        return result
+
+
+def _initialise(model: MLP, init: str, activation: str) -> None:
+    initialise = _option(INITS, init, "init")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            initialise(module.weight, 1.0 if module is model.head else GAINS[activation])
+            if init != "default":
+                nn.init.zeros_(module.bias)
+
+
+def _option(options: Mapping[str, Option], choice: str, name: str) -> Option:
+    if choice not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}; got {choice!r}.")
+    return options[choice]

@@ -1,0 +1,335 @@
+"""Statistics are true from the smallest subnormal number to the largest, and taking them changes nothing.
+
+Oracles: the definitions, evaluated in float64 on plain Python numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diagnostics.statistics import (
+    FRACTION_SAMPLE,
+    UPDATE_SAMPLE,
+    Profile,
+    Reader,
+    exact_norms,
+    gradients_of,
+    pack,
+    parameter_norms,
+    profile,
+    sample,
+    total_norm,
+    trusted,
+)
+
+PROPERTY = settings(deadline=None, max_examples=100)
+NORM_TYPES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, math.inf)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+DECADES = {torch.float16: (-7, 3), torch.float64: (-300, 300), torch.complex128: (-300, 300)}  # else fp32's range
+
+
+def sizes_of(tensor: Tensor) -> list[float]:
+    values = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return [abs(value) for value in values.flatten().tolist()]
+
+
+def true_norm(tensor: Tensor, norm_type: float = 2.0) -> float:
+    sizes = sizes_of(tensor)
+    peak = max(sizes, default=0.0)
+    if peak == 0 or math.isinf(norm_type):
+        return peak
+    return peak * math.fsum((size / peak) ** norm_type for size in sizes) ** (1 / norm_type)
+
+
+def sparse(indices: object, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """A tensor of any shape, layout and type, whose elements are of one size anywhere in the range of its type."""
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    shape = draw(st.lists(st.integers(0, 7), max_size=3))
+    draft = torch.complex128 if dtype.is_complex else torch.float64
+    lowest, highest = DECADES.get(dtype, (-40, 36))
+    tensor = torch.randn(shape, generator=generator, dtype=draft) * 10.0 ** draw(st.integers(lowest, highest))
+    tensor = tensor.to(dtype)
+    return tensor.transpose(0, -1) if tensor.dim() > 1 and draw(st.booleans()) else tensor
+
+
+class TestNorms:
+    """Quick norms are right where they are trusted; exact ones everywhere."""
+
+    @PROPERTY
+    @given(tensors(), st.sampled_from(NORM_TYPES))
+    def test_a_trusted_norm_is_right(self, tensor: Tensor, norm_type: float) -> None:
+        norm = parameter_norms([tensor], norm_type)[0]
+        assert norm.shape == ()
+        assert not norm.is_complex()
+        if trusted(norm.item(), norm_type):
+            assert norm.item() == pytest.approx(true_norm(tensor, norm_type), rel=2e-5, abs=0)
+
+    @pytest.mark.parametrize("norm_type", NORM_TYPES)
+    def test_trust_ends_before_the_powers_leave_fp32(self, norm_type: float) -> None:
+        for decade in range(-45, 39):
+            norm = parameter_norms([torch.full((9,), 2 * 10.0**decade)], norm_type)[0].item()
+            true = true_norm(torch.full((9,), 2 * 10.0**decade), norm_type)
+            assert not trusted(norm, norm_type) or norm == pytest.approx(true, rel=1e-5, abs=0)
+
+    @pytest.mark.parametrize("norm_type", NORM_TYPES)
+    def test_gradients_of_ordinary_size_are_trusted(self, norm_type: float) -> None:
+        reach = 30 / max(1.0, min(norm_type, 30))
+        assert all(trusted(10 ** (sign * 0.9 * reach), norm_type) for sign in (-1, 0, 1))
+        assert not any(trusted(value, norm_type) for value in (0.0, math.inf, math.nan))
+
+    @PROPERTY
+    @given(st.lists(tensors(), max_size=4), st.sampled_from(NORM_TYPES))
+    def test_exact_norms_hold_over_the_whole_range(self, given_tensors: list[Tensor], norm_type: float) -> None:
+        norms, counts = exact_norms(given_tensors, norm_type)
+        assert norms.dtype == torch.float64
+        assert norms.tolist() == pytest.approx([true_norm(one, norm_type) for one in given_tensors], rel=1e-9, abs=0)
+        assert counts.tolist() == [0] * len(given_tensors)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_exact_norms_count_what_is_not_finite(self, dtype: torch.dtype) -> None:
+        bad = torch.tensor([math.nan, 1.0, math.inf, -math.inf], dtype=dtype)
+        norms, counts = exact_norms([bad, torch.ones(4, dtype=dtype), torch.tensor([math.inf], dtype=dtype)])
+        assert counts.tolist() == [3, 0, 1]
+        assert [math.isnan(norms[0]), norms[1].item(), norms[2].item()] == [True, 2.0, math.inf]
+
+    @PROPERTY
+    @given(st.lists(tensors(), min_size=1, max_size=4), st.sampled_from(NORM_TYPES))
+    def test_the_norm_of_norms_is_the_norm_of_everything(self, given_tensors: list[Tensor], norm_type: float) -> None:
+        norms = exact_norms(given_tensors, norm_type)[0]
+        everything = torch.tensor([size for one in given_tensors for size in sizes_of(one)], dtype=torch.float64)
+        scale = max(everything.tolist(), default=0) or 1.0
+        total = total_norm([norm / scale for norm in norms], norm_type).item() * scale
+        assert total == pytest.approx(true_norm(everything, norm_type), rel=1e-9, abs=0)
+
+    def test_no_gradients_have_norm_zero(self) -> None:
+        assert total_norm([]).item() == 0.0
+        assert parameter_norms([]) == []
+
+    @pytest.mark.parametrize("norm_type", NORM_TYPES)
+    def test_a_gradient_without_elements_has_norm_zero(self, norm_type: float) -> None:
+        empty = torch.zeros(0, 3)
+        hollow = sparse(torch.zeros(1, 0), torch.zeros(0, 3), (5, 3))
+        assert [norm.item() for norm in parameter_norms([empty, hollow], norm_type)] == [0.0, 0.0]
+        assert exact_norms([empty, hollow], norm_type).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+    def test_half_types_are_accumulated_in_fp32(self) -> None:
+        for dtype, value in ((torch.float16, 1000.0), (torch.bfloat16, 1.0)):
+            norm = parameter_norms([torch.full((10_000,), value, dtype=dtype)])[0]
+            assert (norm.dtype, norm.item()) == (torch.float32, pytest.approx(100 * value, rel=1e-5))
+
+    def test_equal_indices_of_a_sparse_gradient_are_added_before_the_norm(self) -> None:
+        gradient = sparse([[1, 1, 0]], torch.tensor([3.0, 1.0, 3.0]), (4,))
+        assert parameter_norms([gradient])[0].item() == 5.0
+        assert exact_norms([gradient])[0].item() == 5.0
+
+
+class TestGradientsOf:
+    """Which gradients there are."""
+
+    def test_each_parameter_once_in_order_and_none_without_gradient(self) -> None:
+        first, second, without = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+        first.grad, second.grad = torch.ones(2), torch.zeros(2)
+        owners, gradients = gradients_of([second, without, first, second])
+        assert [id(one) for one in owners] == [id(second), id(first)]
+        assert [id(one) for one in gradients] == [id(second.grad), id(first.grad)]
+
+
+class TestProfile:
+    """What a recorded step keeps of one gradient."""
+
+    @PROPERTY
+    @given(tensors())
+    def test_norm_and_peak_are_true_over_the_whole_range(self, tensor: Tensor) -> None:
+        found = Profile(*profile(tensor).double().tolist())
+        assert found.peak == pytest.approx(max(sizes_of(tensor), default=0.0), rel=1e-6, abs=0)
+        assert found.relative_norm * found.peak == pytest.approx(true_norm(tensor), rel=1e-5, abs=0)
+        assert found.nonfinite == 0
+
+    @PROPERTY
+    @given(tensors())
+    def test_fractions_of_a_small_tensor_are_counts(self, tensor: Tensor) -> None:
+        sizes, smallest = sizes_of(tensor), torch.finfo(tensor.dtype).tiny
+        found = Profile(*profile(tensor).double().tolist())
+        count = len(sizes) or 1
+        assert found.zero_fraction == pytest.approx(sum(size == 0 for size in sizes) / count)
+        if not tensor.is_complex():  # the size of a complex number is rounded
+            assert found.underflow_fraction == pytest.approx(sum(0 < size < smallest for size in sizes) / count)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_zeros_and_subnormal_numbers_are_told_apart(self, dtype: torch.dtype) -> None:
+        tiny = torch.finfo(dtype).tiny
+        found = Profile(*profile(torch.tensor([0.0, -0.0, tiny / 2, -tiny / 2, tiny, 1.0], dtype=dtype)).tolist())
+        assert (found.zero_fraction, found.underflow_fraction) == (pytest.approx(2 / 6), pytest.approx(2 / 6))
+        assert found.peak == 1.0
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_what_is_not_finite_is_counted_and_shows_in_the_peak(self, dtype: torch.dtype) -> None:
+        found = Profile(*profile(torch.tensor([[math.inf, 1.0], [-math.inf, 2.0]], dtype=dtype)).tolist())
+        assert (found.peak, found.nonfinite) == (math.inf, 2.0)
+        found = Profile(*profile(torch.tensor([math.nan, 1.0, math.inf], dtype=dtype)).tolist())
+        assert (math.isnan(found.peak), found.nonfinite) == (True, 2.0)
+
+    def test_a_complex_number_is_not_finite_if_one_part_is_not(self) -> None:
+        found = profile(torch.tensor([complex(1, math.nan), complex(math.inf, 0), 1j]))
+        assert found[4] == 2
+
+    def test_a_negative_peak_is_a_peak(self) -> None:
+        assert profile(torch.tensor([1.0, -3.0]))[1] == 3.0
+
+    def test_zeros_have_norm_zero(self) -> None:
+        assert profile(torch.zeros(4)).tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_gradient_without_elements_is_all_zero(self, dtype: torch.dtype) -> None:
+        assert profile(torch.zeros(0, 3, dtype=dtype)).tolist() == [0.0] * 5
+
+    def test_a_sparse_gradient_is_judged_by_the_rows_it_holds(self) -> None:
+        gradient = sparse([[1, 1]], torch.tensor([[2.0, 0.0], [2.0, 3.0]]), (9, 2))
+        relative, peak, zero, _, _ = profile(gradient).tolist()
+        assert (relative * peak, peak, zero) == (pytest.approx(5.0), 4.0, 0.0)
+
+    def test_fractions_of_a_large_tensor_come_from_all_of_its_columns(self) -> None:
+        gradient = torch.ones(512, 256)
+        gradient[:, ::2] = 0  # half the columns are dead, as behind a ReLU
+        assert profile(gradient)[2].item() == pytest.approx(0.5, abs=0.01)
+
+
+class TestSample:
+    """A part of a tensor that stands for the whole."""
+
+    @PROPERTY
+    @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5000))
+    @example([64, 64], 4095)
+    @example([2, 3, 5, 7, 11], 1024)
+    def test_at_most_the_limit_evenly_and_coprime_with_every_dimension(self, shape: list[int], limit: int) -> None:
+        numel = math.prod(shape)
+        places = sample(torch.arange(numel).reshape(shape), limit).tolist()
+        assert len(places) <= limit
+        assert places[0] == 0
+        strides = {later - earlier for earlier, later in pairwise(places)}
+        if numel <= limit:
+            assert places == list(range(numel))
+        elif strides:
+            (stride,) = strides
+            assert all(math.gcd(stride, size) == 1 for size in shape)
+            assert all(stride % divisor for divisor in range(2, stride))
+            assert numel - places[-1] <= stride
+
+    @PROPERTY
+    @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([7, 64, 1024]))
+    def test_every_column_is_seen_equally_often(self, rows: int, columns: int, limit: int) -> None:
+        matrix = torch.arange(columns).expand(rows, columns)
+        seen = torch.bincount(sample(matrix, limit), minlength=columns)
+        assert seen.max() - seen.min() <= 1
+
+    @pytest.mark.parametrize("limit", [FRACTION_SAMPLE, UPDATE_SAMPLE])
+    def test_the_limits_of_the_records_are_kept(self, limit: int) -> None:
+        sizes = [*range(limit - 1, limit + 40), 2 * limit, 2 * limit + 1, 3 * limit - 1, 30030, 510510, 2**20, 10**6]
+        assert max(sample(torch.empty(size), limit).numel() for size in sizes) <= limit
+
+    def test_it_is_a_view_of_a_contiguous_tensor(self) -> None:
+        tensor = torch.zeros(100, 100)
+        assert sample(tensor, 1000).data_ptr() == tensor.data_ptr()
+
+    def test_it_is_the_same_part_every_time(self) -> None:
+        tensor = torch.randn(100, 100)
+        assert torch.equal(sample(tensor, 1000), sample(tensor.clone(), 1000))
+
+
+class TestReader:
+    """The only place where the host waits for the device."""
+
+    def test_one_copy_brings_everything_in_the_order_asked(self) -> None:
+        reader = Reader()
+        asked = [reader.ask(torch.full((n,), float(n))) for n in range(5)]
+        assert asked[3].values == [3.0] * 3
+        assert [one.values for one in asked] == [[float(n)] * n for n in range(5)]
+        assert reader.copies == 1
+
+    def test_what_is_asked_later_comes_with_the_next_copy(self) -> None:
+        reader = Reader()
+        first = reader.ask(torch.tensor(1.0))
+        assert (first.values, reader.copies) == ([1.0], 1)
+        second, third = reader.ask(torch.tensor(2)), reader.ask(torch.tensor([True, False]))
+        assert (third.values, second.values, first.values, reader.copies) == ([1.0, 0.0], [2.0], [1.0], 2)
+
+    def test_shapes_and_types_mix_without_loss(self) -> None:
+        given_tensors = [
+            torch.tensor([[1e-45, 3e38]]),
+            torch.tensor(1e-300, dtype=torch.float64),
+            torch.tensor(2**53 - 1),
+            torch.tensor([6e-8], dtype=torch.float16),
+            torch.tensor(math.nan),
+        ]
+        reader = Reader()
+        asked = [reader.ask(one) for one in given_tensors]
+        for reading, one in zip(asked, given_tensors, strict=True):
+            assert reading.values == pytest.approx(one.double().flatten().tolist(), rel=0, abs=0, nan_ok=True)
+
+    def test_the_values_are_those_of_the_moment_they_are_read(self) -> None:
+        """Nothing is copied when asked; who asks for a tensor that is overwritten later has to ask for a copy."""
+        tensor, reader = torch.zeros(1), Reader()
+        asked = reader.ask(tensor)
+        tensor += 1
+        assert asked.values == [1.0]
+
+    def test_nothing_asked_is_nothing_read(self) -> None:
+        assert pack([]).shape == (0,)
+        assert Reader().ask(torch.zeros(0)).values == []
+
+
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.randn(70, 30),
+    "transposed": lambda: torch.randn(70, 30).t(),
+    "strided": lambda: torch.randn(70, 60)[:, ::2],
+    "half": lambda: torch.randn(2100).half(),
+    "double": lambda: torch.randn(2100).double(),
+    "complex": lambda: torch.randn(2100, dtype=torch.complex64),
+    "not finite": lambda: torch.tensor([math.nan, math.inf, 1.0]),
+    "empty": lambda: torch.zeros(0),
+    "sparse": lambda: sparse([[0, 0, 3]], torch.randn(3, 700), (5, 700)),
+    "in a graph": lambda: torch.randn(2100, requires_grad=True) * 2,
+}
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "parameter_norms": lambda tensor: parameter_norms([tensor])[0],
+    "exact_norms": lambda tensor: exact_norms([tensor]),
+    "sample": lambda tensor: sample(tensor, 100),
+    "profile": profile,
+    "pack": lambda tensor: pack([sample(tensor, 100).abs()]),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_measuring_never_writes_and_makes_no_graph(kind: str, measure: str) -> None:
+    tensor = KINDS[kind]()
+    held = tensor._values() if tensor.is_sparse else tensor
+    before = tensor._version, held._version, content(held)
+    found = MEASURES[measure](tensor)
+    assert (tensor._version, held._version, content(held)) == before
+    assert not found.requires_grad
+
+
+def content(tensor: Tensor) -> list[int]:
+    return tensor.detach().contiguous().view(torch.uint8).flatten().tolist()
+
+
+def test_the_comparison_sees_a_write_of_equal_values() -> None:
+    tensor = KINDS["transposed"]()
+    before = tensor._version, content(tensor)
+    tensor.mul_(1.0)
+    assert (tensor._version, content(tensor)) != before
