@@ -139,6 +139,8 @@ class TestAsTorch:
         assert torch.equal(total, expected)
         assert not total.requires_grad
         assert torch.equal(*gradients(weights))
+        curvatures = [torch.autograd.grad(weight.grad.sum(), weight)[0] for weight in weights]
+        assert torch.equal(*curvatures)
         for weight in weights:
             weight.grad = None
 

@@ -184,6 +184,8 @@ CONSTRUCTION = {
     "optimizer._target_=torch.load": "optimizer._target_ must be a class of diagnostics or torch; got 'torch.load'.",
     "model._target_=diagnostics.trainers.loop.math.floor": "model._target_ must be a class of diagnostics or torch; "
     "got 'diagnostics.trainers.loop.math.floor'.",
+    "model._target_=diagnostics.cli.Path": "model._target_ must be a class of diagnostics or torch; "
+    "got 'diagnostics.cli.Path'.",
     "model._target_=torch.optim.Nothing": "model._target_ must be a class of diagnostics or torch; "
     "got 'torch.optim.Nothing'.",
 }

@@ -137,7 +137,8 @@ class TestFindOwners:
         owners, parameters = find_owners({"generator": generator, "critic": critic})
         assert [(one.name, one.root) for one in owners] == [("generator.0", 0), ("critic", 1), ("critic.inner", 1)]
         assert "critic.factor" in parameters
-        assert not owners[0].above(owners[2])
+        owners, _ = find_owners({"": Scale(), "critic": critic})
+        assert [owners[0].above(other) for other in owners[1:]] == [True, False, False]
 
     def test_a_part_shared_by_two_models_belongs_to_the_first(self) -> None:
         body = nn.Linear(2, 2)
@@ -261,6 +262,12 @@ class TestCallOrder:
         assert known.extend([(1, 0), (0, 0)])
         assert not known.extend([(1, 0), (0, 0)])
         assert not known.extend([])
+
+    def test_branches_that_no_pass_orders_stand_as_registered(self) -> None:
+        known = CallOrder()
+        for branch in (2, 0, 1):
+            known.extend([(branch, 0), (3, 0)])
+        assert known.calls == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
     def test_a_longer_sequence_grows_in_its_place(self) -> None:
         known = CallOrder()

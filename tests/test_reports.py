@@ -331,6 +331,16 @@ def test_a_diagnosis_that_cleared_says_when(tmp_path: Path) -> None:
     assert "vanishing · warning steps 3–40, cleared, worst at depth 0 The gradient fades. wait" in text
 
 
+def test_what_was_never_confirmed_is_shown_only_where_the_verdict_rests_on_it(tmp_path: Path) -> None:
+    doubtful = Diagnosis("vanishing", 2, 0, 0, {}, "the gradient fades.", confirmed=False)
+    records = [replace(one, diagnoses=(doubtful,)) for one in fading(1)]
+    assert "fades" not in Reader(page_of(tmp_path / "a", *records, end())).text
+    judged = Reader(
+        page_of(tmp_path / "b", *records, end(Verdict("vanishing", 2, "vanishing; unconfirmed (1 record)")))
+    )
+    assert "since step 0, unconfirmed, worst at depth 0 The gradient fades." in judged.text
+
+
 def test_the_table_has_the_numbers_of_the_last_recorded_step(tmp_path: Path) -> None:
     later = replace(fading(8)[7], recorded=False, layers=Layers(), fit=None)
     text = Reader(page_of(tmp_path, record(0, [1e-3]), record(3, [2.5e-7, 4e-3], norm=7.0), later, end())).text

@@ -159,6 +159,11 @@ class TestProfile:
         assert found.relative_norm * found.peak == pytest.approx(true_norm(tensor), rel=1e-5, abs=0)
         assert found.nonfinite == 0
 
+    @pytest.mark.parametrize("decade", [-44, -41, -39, -38, -37, -20, 0, 18, 20, 37])
+    def test_subnormal_and_huge_gradients_keep_their_norm(self, decade: int) -> None:
+        found = Profile(*profile(torch.full((16,), 10.0**decade)).tolist())
+        assert found.relative_norm == pytest.approx(4.0)
+
     @PROPERTY
     @given(tensors())
     def test_fractions_of_a_small_tensor_are_counts(self, tensor: Tensor) -> None:

@@ -115,6 +115,12 @@ def test_each_init_draws_weights_of_its_textbook_size(init, activation, deviatio
     assert weight.std().item() == pytest.approx(deviation, rel=0.02)
 
 
+def test_the_last_layer_has_no_activation_and_so_no_gain():
+    torch.manual_seed(0)
+    head = MLP(64, 100, depth=1, width=256, init="kaiming", activation="relu").head
+    assert head.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+
+
 def test_orthogonal_weights_keep_lengths_but_for_the_gain():
     weight = linears(MLP(32, 10, depth=2, width=32, init="orthogonal", activation="identity"))[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(32), atol=1e-5, rtol=0)

@@ -145,7 +145,7 @@ def describe(run: Run) -> Page:
         badges=tuple(_badges(judgement, run)),
         headline=_sentence(judgement.text),
         ending=_ending(run),
-        troubles=tuple(_troubles(run, judgement.text)),
+        troubles=tuple(_troubles(run, judgement)),
         parts=tuple(_part(name, [record for record in run.records if record.optimizer == name]) for name in optimizers),
         facts=tuple(_facts(info, run)),
     )
@@ -202,23 +202,23 @@ def _ending(run: Run) -> str:
     return f"{run.end.status.capitalize()}{when} after {run.end.steps:,} steps{error}"
 
 
-def _troubles(run: Run, headline: str) -> Iterator[Trouble]:
-    """What stands, worst first, then broken rules, then what cleared; what the headline says is not said again."""
+def _troubles(run: Run, judgement: Verdict) -> Iterator[Trouble]:
+    """What stands, worst first, then broken rules, then what cleared; what was never confirmed only if it is judged."""
     standing = [diagnosis for diagnosis in run.diagnoses if diagnosis.cleared is None]
     for diagnosis in sorted(standing, key=lambda diagnosis: -diagnosis.severity):
-        when = f"since step {diagnosis.step:,}" + ("" if diagnosis.confirmed else ", unconfirmed")
-        yield _diagnosis(diagnosis, when, TONES[diagnosis.severity], headline)
+        if diagnosis.confirmed or diagnosis.condition == judgement.condition:
+            when = f"since step {diagnosis.step:,}" + ("" if diagnosis.confirmed else ", unconfirmed")
+            yield _diagnosis(diagnosis, when, TONES[diagnosis.severity])
     yield from map(_violation, run.violations)
     for diagnosis in run.diagnoses:
         if diagnosis.cleared is not None:
-            yield _diagnosis(diagnosis, f"steps {diagnosis.step:,}–{diagnosis.cleared:,}, cleared", "calm", headline)
+            yield _diagnosis(diagnosis, f"steps {diagnosis.step:,}–{diagnosis.cleared:,}, cleared", "calm")
 
 
-def _diagnosis(diagnosis: Diagnosis, when: str, tone: str, headline: str) -> Trouble:
+def _diagnosis(diagnosis: Diagnosis, when: str, tone: str) -> Trouble:
     where = "" if diagnosis.depth is None else f", worst at depth {diagnosis.depth}"
-    message = "" if diagnosis.message in headline else _sentence(diagnosis.message)
     name = _named(diagnosis.condition, diagnosis.severity)
-    return Trouble(name, when + where, tone, message, diagnosis.remedies)
+    return Trouble(name, when + where, tone, _sentence(diagnosis.message), diagnosis.remedies)
 
 
 def _date(iso: str) -> str:

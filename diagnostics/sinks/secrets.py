@@ -22,8 +22,8 @@ def is_secret(key: str, value: object = "") -> bool:
     """Whether a key's name says that its value is nobody's business.
 
     A word like password, secret or credential says so anywhere in it. ``key`` and ``token`` say so only at its end
-    (``api_key`` and ``hfToken``, not ``key_size`` or ``tokenizer``), only of a text (not ``max_tokens=512``) and not with
-    a word like ``pad`` before them.
+    (``api_key`` and ``hfToken``, not ``key_size`` or ``tokenizer``), only of a text (not ``max_tokens=512``) and not
+    with a word like ``pad`` before them.
 
     Example:
         >>> [is_secret(key) for key in ("api_key", "db.password", "key_size", "num_key_value_heads", "pad_token")]

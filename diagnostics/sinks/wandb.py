@@ -1,11 +1,11 @@
 """Weights & Biases: the sink, and how the trainers open a run. The only module that imports wandb, and only when used.
 
 In a run of our own each step is a row of its own. In somebody else's run the rows and W&B's steps belong to them: our
-values are logged with ``commit=False``, which lays them beside what their next commit writes, and moves nothing. So each
+values are logged with ``commit=False``, which lays them beside what their next commit writes, and moves nothing. So a
 row of theirs carries the newest value of each of our keys: every step's if they log at every step, the last of ten
 steps' if they log at each tenth; if they never log, one row with the last values appears when the run finishes. Where
-they log less often than they step, a ``depth/`` value can be as much older than the ``optim_step`` beside it as recorded
-steps lie apart.
+they log less often than they step, a ``depth/`` value can be as much older than the ``optim_step`` beside it as
+recorded steps lie apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -199,8 +199,8 @@ def open_run(
 ) -> Iterator[wandb.Run]:
     """Opens a W&B run of our own and finishes it: as failed if the block raises, is interrupted or exits with an error.
 
-    A run that an earlier job left open is finished first, so that it never receives this one's values. Values under keys
-    that look like secrets are replaced in the config and the name, and a command line that holds one is not stored.
+    A run that an earlier job left open is finished first, so that it never receives this one's values. Values under
+    keys that look like secrets are replaced in the config and the name; a command line that holds one is not stored.
 
     Args:
         project: W&B project.
@@ -266,7 +266,7 @@ def _init(**options: Any) -> wandb.Run:
     try:
         return wandb.init(**options, settings=settings)
     except wandb.errors.Error as error:
-        said = str(error).splitlines()[0].rstrip(".")
+        said = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConnectionError(
             f"W&B could not start an {options['mode']} run ({said}); run `wandb login` if you have not, or choose mode "
             "offline and send the run later with `wandb sync`."

@@ -1,0 +1,333 @@
+"""Every error that a person can cause says in one sentence what was expected, what came and, if need be, what to do."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diagnostics import (
+    ClipByNorm,
+    MemorySink,
+    Monitor,
+    NonFiniteGradientError,
+    Thresholds,
+    WandbSink,
+    clip_grad_norm_,
+    clip_gradients,
+    watch,
+)
+from diagnostics.records import DiagnosticsWarning
+
+PACKAGE = Path(__file__).parent.parent / "diagnostics"
+PINNED_MODULES = ("options", "clipping", "diagnosis", "schedule", "monitor", "sinks/fanout", "sinks/wandb")
+ELSEWHERE = {"W&B could not start": "takes a server that refuses"}
+"""Sentences of these modules that cannot be had here."""
+
+
+def model() -> nn.Linear:
+    return nn.Linear(2, 1, bias=False)
+
+
+def sgd(of: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(of.parameters(), lr=0.1)
+
+
+def monitor(**options: Any) -> Monitor:
+    watched = model()
+    return Monitor(watched, sgd(watched), **{"sinks": [], **options})
+
+
+def of_model(watched: Any) -> Monitor:
+    return Monitor(watched, sgd(model()), sinks=[])
+
+
+def of_optimizers(optimizers: Any) -> Monitor:
+    return Monitor(model(), optimizers, sinks=[])
+
+
+def weight(gradient: Tensor | None = None) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2) if gradient is None else gradient
+    return parameter
+
+
+def used_up() -> Any:
+    parameters = model().parameters()
+    list(parameters)
+    return parameters
+
+
+def step_after_close() -> None:
+    closed = monitor()
+    closed.close()
+    closed.clip_and_step()
+
+
+def step_of_a_stranger() -> None:
+    with monitor() as watching:
+        watching.clip_and_step(torch.optim.Adam(model().parameters()))
+
+
+def step_with_closure_and_scaler() -> None:
+    with monitor(scaler=torch.amp.GradScaler("cpu")) as watching:
+        watching.clip_and_step(closure=lambda: 0.0)
+
+
+def step_that_is_not_finite() -> None:
+    watched = model()
+    with Monitor(watched, sgd(watched), sinks=[], nonfinite="raise", on_diagnosis="record") as watching:
+        watched(torch.ones(1, 2)).sum().backward()
+        watched.weight.grad[0, 0] = math.nan
+        watching.clip_and_step()
+
+
+Case = tuple[Callable[[], object], type[Exception], str]
+
+RULE = "must be a rule such as ClipByNorm(max_norm=1.0), or None; got"
+DECADES = "notice_decades, warning_decades and severe_decades must be positive and in this order; got"
+TENSORS = "parameters must be tensors; got {}: pass model.parameters()."
+
+CASES: dict[str, Case] = {
+    # clip rules and functions
+    **{
+        f"{name}={value!r}": (partial(ClipByNorm, **{"max_norm": 1.0, name: value}), ValueError, f"{name} {said}")
+        for name in ("max_norm", "norm_type")
+        for value, said in {
+            -1.0: "must be a positive number; got -1.0.",
+            0: "must be a positive number; got 0.",
+            math.nan: "must be a positive number; got nan.",
+            True: "must be a positive number; got True.",
+            "1": "must be a positive number; got '1'.",
+            None: "must be a positive number; got None.",
+        }.items()
+    },
+    "clip_grad_norm_ max_norm": (
+        lambda: clip_grad_norm_([weight()], -1.0),
+        ValueError,
+        "max_norm must be a positive number; got -1.0.",
+    ),
+    "clip_grad_norm_ norm_type": (
+        lambda: clip_grad_norm_([weight()], 1.0, "inf"),
+        ValueError,
+        "norm_type must be a positive number; got 'inf'.",
+    ),
+    "clip_grad_norm_ model": (lambda: clip_grad_norm_(model(), 1.0), TypeError, TENSORS.format("Linear")),
+    "clip_grad_norm_ modules": (
+        lambda: clip_grad_norm_(nn.Sequential(model()), 1.0),
+        TypeError,
+        TENSORS.format("Linear"),
+    ),
+    "clip_grad_norm_ None": (lambda: clip_grad_norm_(None, 1.0), TypeError, TENSORS.format("NoneType")),
+    "clip_grad_norm_ named": (
+        lambda: clip_grad_norm_(model().named_parameters(), 1.0),
+        TypeError,
+        TENSORS.format("tuple"),
+    ),
+    "clip_gradients groups": (
+        lambda: clip_gradients(sgd(model()).param_groups, None),
+        TypeError,
+        TENSORS.format("dict"),
+    ),
+    "clip_grad_norm_ used up": (
+        lambda: clip_grad_norm_(used_up(), 1.0),
+        ValueError,
+        "parameters must yield tensors; got a generator with nothing left in it: pass a list, which can be read again.",
+    ),
+    "clip_gradients rule": (lambda: clip_gradients([weight()], 1.0), TypeError, f"rule {RULE} 1.0."),
+    "clip_grad_norm_ not finite": (
+        lambda: clip_grad_norm_([weight(torch.tensor([math.nan, 1.0]))], 1.0, error_if_nonfinite=True),
+        NonFiniteGradientError,
+        (
+            "The total norm of order 2 is nan, so gradients cannot be clipped; look for the first non-finite layer, or "
+            "pass error_if_nonfinite=False to leave them as they are."
+        ),
+    ),
+    # thresholds
+    "order of thresholds": (lambda: Thresholds(notice_decades=9), ValueError, f"{DECADES} 9, 2.5, 5.0."),
+    "negative threshold": (lambda: Thresholds(notice_decades=-1), ValueError, f"{DECADES} -1, 2.5, 5.0."),
+    "nan threshold": (lambda: Thresholds(severe_decades=math.nan), ValueError, f"{DECADES} 1.5, 2.5, nan."),
+    "confirm": (lambda: Thresholds(confirm=0), ValueError, "confirm must be at least 1 recorded step; got 0."),
+    "clear": (lambda: Thresholds(clear=-2), ValueError, "clear must be at least 1 recorded step; got -2."),
+    # a Monitor's options
+    "clip": (lambda: monitor(clip=1.0), TypeError, f"clip {RULE} 1.0."),
+    "accumulate": (
+        lambda: monitor(accumulate=0),
+        ValueError,
+        "accumulate must be a number of backward passes, at least 1; got 0.",
+    ),
+    "accumulate fraction": (
+        lambda: monitor(accumulate=1.5),
+        ValueError,
+        "accumulate must be a number of backward passes, at least 1; got 1.5.",
+    ),
+    "every": (lambda: monitor(every=-1), ValueError, "every must be 0 (never) or a number of steps; got -1."),
+    "nonfinite": (
+        lambda: monitor(nonfinite="ignore"),
+        ValueError,
+        "nonfinite must be one of skip, raise, step; got 'ignore'.",
+    ),
+    "on_violation": (
+        lambda: monitor(on_violation="error"),
+        ValueError,
+        "on_violation must be one of warn, raise, record; got 'error'.",
+    ),
+    "on_diagnosis": (
+        lambda: monitor(on_diagnosis=None),
+        ValueError,
+        "on_diagnosis must be one of warn, raise, record; got None.",
+    ),
+    "layers": (
+        lambda: monitor(layers="("),
+        ValueError,
+        "layers must be a regular expression; got '(' (missing ), unterminated subpattern at position 0).",
+    ),
+    "sinks by name": (
+        lambda: monitor(sinks="console"),
+        TypeError,
+        "sinks must be 'auto' or a list of objects with write and close; got 'console'.",
+    ),
+    "sinks": (
+        lambda: monitor(sinks=[MemorySink(), 1]),
+        TypeError,
+        "sinks must be 'auto' or a list of objects with write and close; got 1.",
+    ),
+    "wandb without a run": (
+        WandbSink,
+        ValueError,
+        "WandbSink found no active W&B run; call wandb.init() before it, or pass run=.",
+    ),
+    "wandb every": (
+        lambda: WandbSink(object(), every=0),
+        ValueError,
+        "every must be at least 1 and profile_every at least 0; got 0 and 10.",
+    ),
+    # models and optimizers
+    "model": (
+        lambda: of_model(5),
+        TypeError,
+        "model must be a torch.nn.Module or a mapping of names to modules; got 5.",
+    ),
+    "one of the models": (
+        lambda: of_model({"critic": model(), "generator": "gan"}),
+        TypeError,
+        "model must be a torch.nn.Module or a mapping of names to modules; got 'gan'.",
+    ),
+    "no model": (lambda: of_model({}), ValueError, "model must hold at least one module; got an empty mapping."),
+    "optimizer": (
+        lambda: of_optimizers(["adam"]),
+        TypeError,
+        "optimizers must be torch.optim.Optimizer objects; got 'adam'.",
+    ),
+    "no optimizer": (
+        lambda: of_optimizers([]),
+        ValueError,
+        "optimizers must hold at least one optimizer; got none.",
+    ),
+    "watch": (
+        lambda: watch(model(), ["adam"], sinks=[]),
+        TypeError,
+        "optimizers must be torch.optim.Optimizer objects; got 'adam'.",
+    ),
+    # the step
+    "step after close": (
+        step_after_close,
+        RuntimeError,
+        "clip_and_step needs an open Monitor; this one is closed: make a new one.",
+    ),
+    "step of a stranger": (
+        step_of_a_stranger,
+        ValueError,
+        "optimizer must be one that the Monitor was given; got another Adam: pass it to Monitor(model, [...]) as well.",
+    ),
+    "closure and scaler": (
+        step_with_closure_and_scaler,
+        ValueError,
+        "closure must be None with a GradScaler, which torch does not support; got a closure.",
+    ),
+    "a step that is not finite": (
+        step_that_is_not_finite,
+        NonFiniteGradientError,
+        (
+            "Step 0 was not taken, since its gradients are not finite (total norm nan); look at the first non-finite "
+            "layer, or pass nonfinite='skip'."
+        ),
+    ),
+    "the Monitor's clip": (
+        lambda: monitor().clip_grad_norm_([weight()], 0.0),
+        ValueError,
+        "max_norm must be a positive number; got 0.0.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_gets_its_sentence(case: str) -> None:
+    mistake, kind, sentence = CASES[case]
+    with pytest.raises(kind, match=f"^{re.escape(sentence)}$") as caught:
+        mistake()
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_sentence_says_what_came_or_what_to_do(case: str) -> None:
+    sentence = CASES[case][2]
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert re.search(r"; got |; call |; look at |; look for |: make a new one|: pass ", sentence)
+
+
+def patterns(source: str) -> list[str]:
+    """One regular expression for each sentence that a module raises, with its values left open."""
+    raised = [node.exc for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
+    arguments = [call.args[0] for call in raised if isinstance(call, ast.Call) and call.args]
+    return [pattern(argument) for argument in arguments if isinstance(argument, (ast.Constant, ast.JoinedStr))]
+
+
+def pattern(argument: ast.Constant | ast.JoinedStr) -> str:
+    parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+    return "".join(re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".*" for part in parts)
+
+
+@pytest.mark.parametrize("module", PINNED_MODULES)
+def test_every_sentence_is_pinned(module: str) -> None:
+    pinned = [sentence for _, _, sentence in CASES.values()]
+    for wanted in patterns((PACKAGE / f"{module}.py").read_text(encoding="utf-8")):
+        elsewhere = any(wanted.startswith(re.escape(start)) for start in ELSEWHERE)
+        assert elsewhere or any(re.fullmatch(wanted, sentence) for sentence in pinned), wanted
+
+
+def test_a_sentence_that_is_not_pinned_is_found() -> None:
+    (wanted,) = patterns("def f(x):\n    if x:\n        raise ValueError(f'{x} is odd; ' f'got {x!r}.') from None")
+    assert re.fullmatch(wanted, "3 is odd; got 3.")
+    assert not any(re.fullmatch(wanted, sentence) for _, _, sentence in CASES.values())
+
+
+def test_a_mistake_leaves_no_hook_behind() -> None:
+    watched = model()
+    optimizer = sgd(watched)
+    for options in ({"every": -1}, {"sinks": [1]}, {"clip": 1.0}, {"nonfinite": "ignore"}):
+        with pytest.raises((ValueError, TypeError)):
+            Monitor(watched, optimizer, **{"sinks": [], **options})
+    assert not watched._forward_hooks
+    assert not watched._forward_pre_hooks
+    assert not watched.weight._backward_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_warnings_have_a_category_of_their_own() -> None:
+    assert issubclass(DiagnosticsWarning, UserWarning)
+    watched = model()
+    optimizer = sgd(watched)
+    watching = Monitor(watched, optimizer, sinks=[])
+    with pytest.warns(DiagnosticsWarning, match=r"^step_without_grads: Step 0 had nothing to spend: .+\. Call .+\.$"):
+        watching.clip_and_step()
+    watching.close()
