@@ -85,7 +85,7 @@ class NormReading:
     def tensor(self) -> Tensor:
         """What has to be read: the total, the coefficient where there is a rule, and each gradient's norm."""
         head = [self.total] if self.coefficient is None else [self.total, self.coefficient]
-        return statistics.pack([*head, *self._norms])
+        return statistics.pack([*head, self._norms])
 
     def suspects(self, values: Sequence[float], *, each: bool = False) -> list[int]:
         """Which gradients fp32 may not have held: all if the total left its range, else none, or those that did.

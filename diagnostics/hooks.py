@@ -147,20 +147,26 @@ class Watcher:
         before: Callable[[torch.optim.Optimizer], None],
         after: Callable[[torch.optim.Optimizer], None],
     ) -> None:
-        """Calls back at the beginning and the end of ``optimizer.step()``; a nested ``super().step()`` is one step."""
+        """Calls two methods back at the beginning and the end of ``optimizer.step()``, as long as their object lives.
+
+        A nested ``super().step()`` is one step.
+        """
         depth = 0
+        weakly_before, weakly_after = weakref.WeakMethod(before), weakref.WeakMethod(after)
 
         def begins(stepping: torch.optim.Optimizer, *_: Any) -> None:
             nonlocal depth
             depth += 1
-            if depth == 1 and self.listening:
-                before(stepping)
+            call = weakly_before()
+            if depth == 1 and self.listening and call is not None:
+                call(stepping)
 
         def ends(stepping: torch.optim.Optimizer, *_: Any) -> None:
             nonlocal depth
             depth = max(0, depth - 1)
-            if depth == 0 and self.listening:
-                after(stepping)
+            call = weakly_after()
+            if depth == 0 and self.listening and call is not None:
+                call(stepping)
 
         self._handles.append(optimizer.register_step_pre_hook(begins))
         self._handles.append(optimizer.register_step_post_hook(ends))
@@ -325,7 +331,7 @@ class Watcher:
         if not held:
             return BackwardPass(cleared=cleared)
         replaced = [index for index, gradient in held.items() if self._spent[index][0]() is not gradient]
-        leftover = statistics.pack(statistics.parameter_norms([*held.values()], 1.0))
+        leftover = statistics.parameter_norms([*held.values()], 1.0)
         return BackwardPass(tuple(held), leftover, frozenset(replaced), cleared)
 
     def _gradient(self, index: int) -> Tensor | None:

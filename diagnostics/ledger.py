@@ -1,6 +1,6 @@
 """The host side of a Monitor: records go in, and the contract, the diagnosis, the sinks and the user hear of them.
 
-No torch. A record whose update ratios are still on their way is handed to the sinks one step late.
+No tensors. A record whose update ratios are still on their way is handed to the sinks one step late.
 """
 
 from __future__ import annotations
@@ -171,6 +171,36 @@ class Ledger:
             "first_violation_step": min((violation.step for violation in violations), default=None),
         }
         return {key: value for key, value in values.items() if value is not None}
+
+
+class LedgerView:
+    """What anybody may see of a ledger."""
+
+    _ledger: Ledger
+
+    @property
+    def run(self) -> RunInfo:
+        """Where the run comes from."""
+        return self._ledger.run
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """The newest thousand records, oldest first."""
+        return tuple(self._ledger.records)
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        """All violations, oldest first."""
+        return self._ledger.violations
+
+    @property
+    def diagnoses(self) -> tuple[Diagnosis, ...]:
+        """All diagnoses in order of onset, those that cleared and those that stand."""
+        return self._ledger.diagnoses
+
+    def verdict(self) -> Verdict:
+        """The run in one word, one number and one sentence."""
+        return self._ledger.verdict()
 
 
 def is_alarm(found: Diagnosis) -> bool:

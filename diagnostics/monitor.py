@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -13,28 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnostics import contract, diagnosis, statistics
-from diagnostics.clipping import ClipByNorm, NormReading, clip, read_norms
+from diagnostics import amp, contract, diagnosis, statistics
+from diagnostics.clipping import ClipByNorm, NormReading, clip, read_norms, tensors_of
 from diagnostics.diagnosis import Thresholds
 from diagnostics.hooks import BackwardPass, Watcher
-from diagnostics.ledger import Ledger, ending, is_alarm
+from diagnostics.ledger import Ledger, LedgerView, ending, is_alarm
 from diagnostics.observation import Catalogue, Observation
-from diagnostics.options import Options, models_of, optimizers_of
+from diagnostics.options import Options, models_of, one_number, optimizers_of
 from diagnostics.records import (
     ClipRecord,
     ContractError,
-    Diagnosis,
     DiagnosisError,
     DiagnosticsWarning,
     NonFiniteGradientError,
     RunInfo,
     StepRecord,
-    Verdict,
-    Violation,
 )
-from diagnostics.schedule import Schedule, Unit, Units
+from diagnostics.schedule import Schedule, Units
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.unit import Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class _Seen:
     clip_factor: float = 1.0
 
 
-class Monitor:
+class Monitor(LedgerView):
     """Watches a training loop: gradients by depth, clipping, the loop's own rules.
 
     Args:
@@ -98,7 +96,9 @@ class Monitor:
         thresholds: Thresholds | None = None,
         run: RunInfo | None = None,
     ) -> None:
-        self._options = Options(clip, accumulate, nonfinite, on_violation, on_diagnosis, every, layers)
+        self._options = Options(
+            clip, accumulate, nonfinite, on_violation, on_diagnosis, every, layers, scaler, thresholds, run
+        )
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         models, stepping = models_of(model), optimizers_of(optimizers)
         fanout = Fanout(sinks)
@@ -109,6 +109,7 @@ class Monitor:
         self._schedule = Schedule(every)
         self._own_clip: ClipRecord | None = None
         self._own_step: _Seen | None = None
+        self._zeros: AbstractSet[int] = frozenset()
         self._inside = False
         self._closed = False
         self._told_failure = False
@@ -122,7 +123,7 @@ class Monitor:
         self._watcher = Watcher(models, self._catalogue.owners, self._catalogue.tensors(), outputs=every > 0)
         self._watcher.recording = self._schedule.due(0)
         for optimizer in stepping:
-            self._watcher.watch_steps(optimizer, _weakly(self._own_step_begins), _weakly(self._own_step_ends))
+            self._watcher.watch_steps(optimizer, self._own_step_begins, self._own_step_ends)
 
     # the step
 
@@ -132,7 +133,7 @@ class Monitor:
         *,
         closure: Callable[[], Any] | None = None,
         loss: Tensor | float | None = None,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, Tensor | float] | None = None,
     ) -> StepRecord:
         """Unscales, measures, decides, clips if ``clip_coef < 1``, steps, and says what happened.
 
@@ -143,8 +144,8 @@ class Monitor:
                 caller updates the scaler after the last.
             closure: As ``optimizer.step(closure)`` takes it; gradients are clipped at every evaluation, and the record
                 is about the first.
-            loss: For the record.
-            metrics: Further numbers for the record.
+            loss: For the record; a tensor of one element comes with the step's one copy to the host.
+            metrics: Further numbers for the record, likewise.
 
         Returns:
             The record of the step.
@@ -155,33 +156,27 @@ class Monitor:
             DiagnosisError: If a diagnosis was confirmed and ``on_diagnosis="raise"``; the step has been taken.
             RuntimeError: If the Monitor is closed.
         """
-        if self._closed:
-            raise RuntimeError("clip_and_step needs an open Monitor; this one is closed: make a new one.")
+        self._refuse_if_closed("clip_and_step")
         unit = self._units.of(optimizer)
-        loss_reading = self._reader.ask(loss) if isinstance(loss, Tensor) else None
+        given = {"loss": loss, **{f"metrics[{name!r}]": value for name, value in (metrics or {}).items()}}
+        numbers = [self._reader.ask(one_number(name, value)) for name, value in given.items()]
         if closure is None:
-            self._unscale(unit)
+            if self._scaler is not None:
+                amp.unscale(self._scaler, unit.optimizers)
             seen = self._measure_and_clip(unit)
             skipped = self._step(unit, seen)
         else:
             seen, skipped = self._step_with_closure(unit, closure), False
         if optimizer is None and self._scaler is not None:
             self._scaler.update()
-        known_loss = loss if loss_reading is None else loss_reading.values[0]
-        record = self._conclude(unit, seen, skipped=skipped, loss=known_loss, metrics=metrics)
-        self._say(record)
+        record = self._conclude(unit, seen, skipped=skipped, numbers=numbers, metrics=list(metrics or ()))
         if skipped and self._options.nonfinite == "raise" and self._scaler is None:
             raise NonFiniteGradientError(
                 f"Step {record.step} was not taken, since its gradients are not finite (total norm "
                 f"{record.clip.total_norm}); look at the first non-finite layer, or pass nonfinite='skip'."
             )
+        self._say(record)
         return record
-
-    def _unscale(self, unit: Unit) -> None:
-        """Once per step: what the loop has unscaled already is left alone."""
-        if self._scaler is not None:
-            for optimizer in unit.optimizers:
-                _unscale_once(self._scaler, optimizer)
 
     def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> _Seen:
         observation = self._observe(unit, recorded=recorded)
@@ -231,7 +226,8 @@ class Monitor:
         Returns:
             The total norm before clipping, 0-dim.
         """
-        owners, gradients = statistics.gradients_of([parameters] if isinstance(parameters, Tensor) else parameters)
+        self._refuse_if_closed("clip_grad_norm_")
+        owners, gradients = statistics.gradients_of(tensors_of(parameters))
         self._watcher.adopt(self._catalogue.adopt(owners))
         reading = NormReading(gradients, ClipByNorm(max_norm, norm_type))
         norms = read_norms(reading)
@@ -273,13 +269,15 @@ class Monitor:
         observation = Observation(
             self._catalogue,
             self._reader,
-            unit.parameters(),
+            unit,
             self._options.clip,
             self._units.take(unit),
             recorded=self._watcher.recording if recorded is None else recorded,
-            loss_scale=None if self._scaler is None else _loss_scale(self._scaler),
+            loss_scale=None if self._scaler is None else amp.loss_scale(self._scaler),
+            zeros=self._zeros,
         )
         observation.settle()
+        self._zeros = observation.zeros
         readings = iter(leftovers)
         for event in events:
             if isinstance(event, BackwardPass):
@@ -295,8 +293,8 @@ class Monitor:
         seen: _Seen,
         *,
         skipped: bool,
-        loss: Tensor | float | None = None,
-        metrics: Mapping[str, float] | None = None,
+        numbers: Sequence[statistics.Reading] = (),
+        metrics: Sequence[str] = (),
     ) -> StepRecord:
         """After the step: asks what it did to the weights, makes the record, and sees to the next step."""
         observation = seen.observation
@@ -308,13 +306,13 @@ class Monitor:
             step=unit.step - 1,
             clip=replace(seen.clip, shares=observation.shares(table, seen.clip.shares), clip_fraction=clipped),
             optimizer=unit.name,
-            loss=None if loss is None else float(loss),
-            lr=unit.learning_rates(),
+            loss=numbers[0].values[0] if numbers and numbers[0].values else None,
+            lr=observation.learning_rates,
             backward_passes=len(observation.passes),
             loss_scale=observation.loss_scale,
             layers=layers,
             skipped=skipped,
-            metrics=dict(metrics or {}),
+            metrics={name: reading.values[0] for name, reading in zip(metrics, numbers[1:], strict=True)},
             fit=diagnosis.fit_depth(layers.before_step) if observation.recorded else None,
             recorded=observation.recorded,
         )
@@ -326,13 +324,14 @@ class Monitor:
         self._watcher.recording = any(self._schedule.due(one.step) for one in self._units.active)
         return record
 
+    def _refuse_if_closed(self, method: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{method} needs an open Monitor; this one is closed: make a new one.")
+
     def _say(self, record: StepRecord) -> None:
         if self._watcher.failure is not None and not self._told_failure:
             self._told_failure = True
-            error = self._watcher.failure
-            self._ledger.warn(
-                f"The hooks failed and were switched off ({type(error).__name__}: {error}); training goes on."
-            )
+            self._ledger.warn(_switched_off("A hook", self._watcher.failure))
         self._ledger.announce(record)
 
     @contextmanager
@@ -354,35 +353,9 @@ class Monitor:
         except Exception as error:  # noqa: BLE001 -- whatever it is, it is ours
             self._watcher.failed(error)
             self._told_failure = True
-            self._ledger.warn(
-                f"Watching failed and was switched off ({type(error).__name__}: {error}); training goes on."
-            )
+            self._ledger.warn(_switched_off("Watching", error))
 
     # what is known
-
-    @property
-    def run(self) -> RunInfo:
-        """Where the run comes from."""
-        return self._ledger.run
-
-    @property
-    def records(self) -> tuple[StepRecord, ...]:
-        """The newest thousand records, oldest first."""
-        return tuple(self._ledger.records)
-
-    @property
-    def violations(self) -> tuple[Violation, ...]:
-        """All violations, oldest first."""
-        return self._ledger.violations
-
-    @property
-    def diagnoses(self) -> tuple[Diagnosis, ...]:
-        """All diagnoses in order of onset, those that cleared and those that stand."""
-        return self._ledger.diagnoses
-
-    def verdict(self) -> Verdict:
-        """The run in one word, one number and one sentence."""
-        return self._ledger.verdict()
 
     def plot(self) -> Any:
         """The run's figures so far as one ``matplotlib.figure.Figure``; needs the extra ``figures``."""
@@ -409,9 +382,8 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
-        for event in self._watcher.drain():
-            if isinstance(event, contract.Clip):
-                self._ledger.note(event)
+        for clipped in (event for event in self._watcher.drain() if isinstance(event, contract.Clip)):
+            self._ledger.note(clipped)
         self._watcher.remove()
         self._ledger.close(status, error)
 
@@ -424,28 +396,5 @@ class Monitor:
         self.close(*ending(error))
 
 
-def _unscale_once(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-    """Unscales unless the loop has; torch says so only by an error."""
-    try:
-        scaler.unscale_(optimizer)
-    except RuntimeError as error:
-        if "already been called" not in str(error):
-            raise
-
-
-def _loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
-    """The scale as a tensor: ``get_scale()`` would wait for the device."""
-    scale: Tensor | None = scaler._scale  # noqa: SLF001
-    return scale
-
-
-def _weakly(method: Callable[[torch.optim.Optimizer], None]) -> Callable[[torch.optim.Optimizer], None]:
-    """The method, as long as its object lives: an optimizer's hooks must not keep a Monitor alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(optimizer: torch.optim.Optimizer) -> None:
-        target = reference()
-        if target is not None:
-            target(optimizer)
-
-    return call
+def _switched_off(what: str, error: Exception) -> str:
+    return f"{what} failed and was switched off ({type(error).__name__}: {error}); training goes on."

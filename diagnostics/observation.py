@@ -6,6 +6,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from diagnostics.contract import Step
 from diagnostics.depth import Call, find_owners, layer_table
 from diagnostics.hooks import BackwardPass, OutputGradient, Watcher
 from diagnostics.records import Layer, Layers, StepRecord
+from diagnostics.unit import Unit
 
 
 class Catalogue:
@@ -72,7 +74,7 @@ class Catalogue:
             watcher: Has seen the calls.
             home: Tell only of this model.
         """
-        version = (sum(len(order.calls) for order in watcher.orders), len(self.names))
+        version = (sum(order.version for order in watcher.orders), len(self.names))
         if version != self._version:
             self._version = version
             self._table = self._make_table([order.calls for order in watcher.orders])
@@ -100,10 +102,11 @@ class Observation:
     Args:
         catalogue: The model.
         reader: Who brings the numbers.
-        held: All parameters of the step's optimizers.
+        unit: The step's optimizers.
         rule: How the step clips.
         passes: Backward passes whose gradients it spends.
         recorded: Whether to take more than norms.
+        zeros: Gradients that were exactly zero when last looked at closely; their norm of 0 is then believed.
         loss_scale: The AMP loss scale, which output gradients are divided by; None without a scaler.
     """
 
@@ -111,17 +114,21 @@ class Observation:
         self,
         catalogue: Catalogue,
         reader: statistics.Reader,
-        held: Sequence[Tensor],
+        unit: Unit,
         rule: ClipByNorm | None,
         passes: Sequence[BackwardPass],
         *,
         recorded: bool,
         loss_scale: Tensor | None = None,
+        zeros: AbstractSet[int] = frozenset(),
     ) -> None:
         self.catalogue = catalogue
         self.reader = reader
         self.recorded = recorded
+        self._zeros = zeros
         self.passes = list(passes)
+        held = unit.parameters()
+        self._rates = [reader.ask(lr) if isinstance(lr, Tensor) else float(lr) for lr in unit.learning_rates()]
         parameters, self.gradients = statistics.gradients_of(held)
         self.indices = [catalogue.index(parameter) for parameter in parameters]
         self.clipping = NormReading(self.gradients, rule)
@@ -135,7 +142,7 @@ class Observation:
         self._profiles = [reader.ask(statistics.profile(gradient)) for gradient in self.gradients] if recorded else []
         self._held = list(held) if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
-        self._weights = reader.ask(statistics.pack(statistics.parameter_norms(self._before)))
+        self._weights = reader.ask(statistics.parameter_norms(self._before))
         self._moved: statistics.Reading | None = None
 
     def _noted(self) -> list[OutputGradient]:
@@ -146,6 +153,11 @@ class Observation:
         """The loss scale; 1.0 without a scaler."""
         return 1.0 if self._scale is None else self._scale.values[0]
 
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """One per parameter group, as they were before the step."""
+        return tuple(rate if isinstance(rate, float) else rate.values[0] for rate in self._rates)
+
     def settle(self) -> GradientNorms:
         """Reads everything that was asked for; a second time for what fp32 may not have held."""
         self.norms = self._norms_of(self.clipping, self._norms)
@@ -155,13 +167,18 @@ class Observation:
         self.pieces = self._weight_pieces(euclidean)
         return self.norms
 
+    @property
+    def zeros(self) -> AbstractSet[int]:
+        """Gradients that are exactly zero."""
+        return {index for index, part in zip(self.indices, self.pieces.values(), strict=True) if part.norm == 0}
+
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""
         if not self.recorded:
             return
         after = [statistics.sample(tensor, statistics.UPDATE_SAMPLE) for tensor in self._held]
         distances = [new.detach() - old for new, old in zip(after, self._before, strict=True)]
-        self._moved = self.reader.ask(statistics.pack(statistics.parameter_norms(distances)))
+        self._moved = self.reader.ask(statistics.parameter_norms(distances))
         self._before = []
 
     def layers(self, chosen: Sequence[tuple[Layer, Call]], clip_factor: float = 1.0) -> Layers:
@@ -206,7 +223,12 @@ class Observation:
         return sampled
 
     def _norms_of(self, reading: NormReading, read: statistics.Reading) -> GradientNorms:
-        suspects = reading.suspects(read.values, each=not self.recorded)
+        norms = read.values[len(read.values) - len(self.gradients) :]
+        suspects = [
+            place
+            for place in reading.suspects(read.values, each=not self.recorded)
+            if norms[place] != 0 or self.indices[place] not in self._zeros
+        ]
         if not suspects:
             return reading.norms(read.values)
         return reading.norms(read.values, suspects, self.reader.ask(reading.exact(suspects)).values)

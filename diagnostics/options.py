@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diagnostics.clipping import ClipByNorm
+from diagnostics.diagnosis import Thresholds
+from diagnostics.records import RunInfo
 
 NONFINITE_POLICIES = ("skip", "raise", "step")
 REACTIONS = ("warn", "raise", "record")
@@ -36,13 +40,19 @@ class Options:
     on_diagnosis: str = "warn"
     every: int = 10
     layers: str | None = None
+    scaler: torch.amp.GradScaler | None = None
+    thresholds: Thresholds | None = None
+    run: RunInfo | None = None
 
     def __post_init__(self) -> None:
         if self.clip is not None and not isinstance(self.clip, ClipByNorm):
             raise TypeError(f"clip must be a rule such as ClipByNorm(max_norm=1.0), or None; got {self.clip!r}.")
-        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+        for name, kind in (("scaler", torch.amp.GradScaler), ("thresholds", Thresholds), ("run", RunInfo)):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__} or None; got {getattr(self, name)!r}.")
+        if type(self.accumulate) is not int or self.accumulate < 1:
             raise ValueError(f"accumulate must be a number of backward passes, at least 1; got {self.accumulate!r}.")
-        if not isinstance(self.every, int) or self.every < 0:
+        if type(self.every) is not int or self.every < 0:
             raise ValueError(f"every must be 0 (never) or a number of steps; got {self.every!r}.")
         for name, choices in (
             ("nonfinite", NONFINITE_POLICIES),
@@ -54,8 +64,24 @@ class Options:
         if self.layers is not None:
             try:
                 re.compile(self.layers)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(f"layers must be a regular expression; got {self.layers!r} ({error}).") from None
+
+
+def one_number(name: str, value: Tensor | float | None) -> Tensor:
+    """The value as a tensor of one element, or of none for None.
+
+    Example:
+        >>> one_number("loss", 0.5), one_number("loss", None)
+        (tensor(0.5000, dtype=torch.float64), tensor([]))
+    """
+    if value is None:
+        return torch.zeros(0)
+    number = torch.tensor(value, dtype=torch.float64) if isinstance(value, Real) else value
+    if not isinstance(number, Tensor) or number.numel() != 1:
+        got = f"a tensor of shape {tuple(number.shape)}" if isinstance(number, Tensor) else repr(value)
+        raise ValueError(f"{name} must be a number or a tensor of one element; got {got}.")
+    return number
 
 
 def models_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -73,10 +99,15 @@ def optimizers_of(
     optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
 ) -> list[torch.optim.Optimizer]:
     """The optimizers as a list."""
-    found = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    given: Any = optimizers
+    several = isinstance(given, Iterable) and not isinstance(given, (torch.optim.Optimizer, str))
+    found = list(given) if several else [given]
     for optimizer in found:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizers must be torch.optim.Optimizer objects; got {optimizer!r}.")
+            got = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+            raise TypeError(f"optimizers must be torch.optim.Optimizer objects; got {got}.")
     if not found:
         raise ValueError("optimizers must hold at least one optimizer; got none.")
+    if len({id(optimizer) for optimizer in found}) < len(found):
+        raise ValueError("optimizers must be different objects; got the same one twice.")
     return found

@@ -7,9 +7,38 @@ units of the gradient (loss per unit of the parameter or activation), and a fiel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diagnostics.layers import DepthFit, GradientStats, Layer, LayerRecord, Layers
+
+__all__ = [
+    "NONFINITE",
+    "NOTICE",
+    "RELATIVE_DEPTHS",
+    "SEVERE",
+    "SEVERITY_NAMES",
+    "SOLE_OPTIMIZER",
+    "WARNING",
+    "ClipRecord",
+    "ContractError",
+    "DepthFit",
+    "Diagnosis",
+    "DiagnosisError",
+    "DiagnosticsWarning",
+    "GradientStats",
+    "Layer",
+    "LayerRecord",
+    "Layers",
+    "NonFiniteGradientError",
+    "Remedy",
+    "RunEnd",
+    "RunInfo",
+    "StepRecord",
+    "Verdict",
+    "Violation",
+]
 
 NOTICE, WARNING, SEVERE, NONFINITE = 1, 2, 3, 4
 SEVERITY_NAMES = ("none", "notice", "warning", "severe", "non-finite")
@@ -31,144 +60,6 @@ class DiagnosisError(RuntimeError):
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient holds NaN or infinity and the caller asked for an error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One call of a module that owns parameters, at its place in the forward pass.
-
-    Attributes:
-        depth: Order of the call in the forward pass; 0 is the first module called.
-        name: Qualified module name; ``name@k`` for the k-th call when a module is called more than once in one pass.
-        kind: Class of the module, e.g. ``"Linear"``.
-        parameters: Qualified names of the parameters that the module owns; empty at a later call of the same module.
-        trunk: Whether the layer counts in the fit over depth; a normalisation layer is recorded, not fitted.
-
-    Example:
-        >>> Layer(0, "0", "Linear", ("0.weight", "0.bias")).name
-        '0'
-    """
-
-    depth: int
-    name: str
-    kind: str
-    parameters: tuple[str, ...] = ()
-    trunk: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class GradientStats:
-    """What one gradient looked like.
-
-    Attributes:
-        numel: Number of elements.
-        norm: Euclidean norm.
-        rms: ``norm / sqrt(numel)``, the size of a typical element.
-        abs_max: Largest magnitude.
-        zero_fraction: Share of exact zeros, from a sample of at most 1,024 elements.
-        underflow_fraction: Share of elements that are not zero but smaller in magnitude than the smallest normal number
-            of the gradient's own dtype, from the same sample.
-        nonfinite: Number of NaN and infinite elements.
-
-    Example:
-        >>> GradientStats(numel=4, norm=2.0, rms=1.0).nonfinite
-        0
-    """
-
-    numel: int
-    norm: float
-    rms: float
-    abs_max: float | None = None
-    zero_fraction: float | None = None
-    underflow_fraction: float | None = None
-    nonfinite: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRecord:
-    """One layer at one step.
-
-    Attributes:
-        layer: Which one.
-        output: The gradient of the loss with respect to the layer's output; None on a step that is not recorded.
-        weight: The gradient of the layer's own parameters before clipping; None where the layer has none of its own or
-            none of them has a gradient.
-        weight_norm: Euclidean norm of the parameters, before the step, estimated from a sample of at most 4,096
-            elements of each parameter.
-        update_ratio: ``‖w_after - w_before‖ / ‖w_before‖`` over the same sample; None if the weights were all zero.
-
-    Example:
-        >>> LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None).update_ratio is None
-        True
-    """
-
-    layer: Layer
-    output: GradientStats | None
-    weight: GradientStats | None
-    weight_norm: float | None = None
-    update_ratio: float | None = None
-
-
-class Layers(Sequence[LayerRecord]):
-    """The layers of one step in order of depth: a sequence of LayerRecord.
-
-    What a step did to the weights is only known after it, and reading it back at once would cost a second copy from the
-    device. So the update ratios come from a function that is called when somebody looks.
-
-    Args:
-        measured: The layers as they were measured before the step.
-        updates: Returns one update ratio (or None) per layer.
-
-    Example:
-        >>> layer = LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None)
-        >>> layers = Layers([layer], updates=lambda: [0.001])
-        >>> layers.before_step[0].update_ratio, layers[0].update_ratio
-        (None, 0.001)
-    """
-
-    __slots__ = ("_complete", "_updates", "before_step")
-
-    def __init__(
-        self, measured: Sequence[LayerRecord] = (), updates: Callable[[], Sequence[float | None]] | None = None
-    ) -> None:
-        self.before_step: tuple[LayerRecord, ...] = tuple(measured)
-        self._updates = updates
-        self._complete: tuple[LayerRecord, ...] | None = self.before_step if updates is None else None
-
-    def _look(self) -> tuple[LayerRecord, ...]:
-        if self._complete is None:
-            assert self._updates is not None
-            ratios = self._updates()
-            self._complete = tuple(
-                replace(record, update_ratio=ratio) for record, ratio in zip(self.before_step, ratios, strict=True)
-            )
-            self._updates = None
-        return self._complete
-
-    @overload
-    def __getitem__(self, index: int) -> LayerRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[LayerRecord, ...]: ...
-    def __getitem__(self, index: int | slice) -> LayerRecord | tuple[LayerRecord, ...]:
-        return self._look()[index]
-
-    def __len__(self) -> int:
-        return len(self.before_step)
-
-    def __iter__(self) -> Iterator[LayerRecord]:
-        return iter(self._look())
-
-    def __eq__(self, other: object) -> bool:
-        return self._look() == tuple(other) if isinstance(other, (Layers, tuple, list)) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._look())
-
-    def __repr__(self) -> str:
-        return f"Layers({list(self._look())!r})"
-
-    def __reduce__(self) -> tuple[type[Layers], tuple[tuple[LayerRecord, ...]]]:
-        return (Layers, (self._look(),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,35 +145,6 @@ class Violation:
     def __str__(self) -> str:
         again = f" Seen {self.count} times." if self.count > 1 else ""
         return f"{self.rule}: {self.message} {self.remedy}{again}"
-
-
-@dataclass(frozen=True, slots=True)
-class DepthFit:
-    """A robust line through log10 rms of the output gradients over depth.
-
-    Attributes:
-        slope: The backward slope: decades by which the gradient changes per layer on the way back. Negative vanishes,
-            positive explodes.
-        intercept: log10 rms at the deepest fitted layer, where the backward pass begins.
-        uncertainty: Standard error of the slope.
-        depths: Number of layers that count.
-        points: Number of layers that were fitted: those that count, less exact zeros and non-finite values.
-
-    Example:
-        >>> DepthFit(slope=-0.91, intercept=-1.0, uncertainty=0.01, depths=4, points=4).decades
-        2.73
-    """
-
-    slope: float
-    intercept: float
-    uncertainty: float
-    depths: int
-    points: int
-
-    @property
-    def decades(self) -> float:
-        """Decades between the first and the last layer that count: ``|slope| * (depths - 1)``."""
-        return abs(self.slope) * (self.depths - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ with one key that says what it is::
 A table of layers is written when it is first seen and then named by its id; a step holds one column per quantity, in
 the order of the table. A field at its default, a column without a value and one that follows from others (``rms`` from
 ``norm``) are left out. NaN and the infinities are written as Python's json does (``NaN``, ``Infinity``), so they come
-back as themselves. What a reader does not know it ignores, so fields may be added; a change of meaning is a new
-version.
+back as themselves. A reader ignores what it does not know; a change of meaning is a new version.
 """
 
 from __future__ import annotations
@@ -258,11 +257,7 @@ class Run:
         return self.end.verdict if self.end else None
 
     def plot(self) -> Any:
-        """The figures of the run: heatmap over depth and steps, depth profile with its fit, norms and threshold.
-
-        Returns:
-            A ``matplotlib.figure.Figure``.
-        """
+        """A ``matplotlib.figure.Figure``: heatmap over depth and steps, depth profile with its fit, norms."""
         # Figures know run logs, not the other way round; and a reader of logs must not need matplotlib.
         return import_module("diagnostics.reports.figures").overview(self.records)
 
@@ -273,12 +268,14 @@ def read_run(path: str | Path) -> Run:
     Args:
         path: The file or the run's folder.
 
-    Returns:
-        The run.
-
     Raises:
         FileNotFoundError: There is no run log.
         ValueError: The file is no run log, is of a newer version, or is damaged before its last line.
+
+    Example:
+        >>> read_run("nowhere.jsonl")
+        Traceback (most recent call last):
+        FileNotFoundError: There is no run log at nowhere.jsonl; give a run.jsonl or the folder that holds one.
     """
     file = log_file(path)
     if not file.is_file():
@@ -315,7 +312,7 @@ def _check_header(line: bytes, file: Path) -> None:
     version = header.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(
-            f"{file} has schema version {version}, but this release reads up to {VERSION}; update training-diagnostics."
+            f"{file} has schema version {version}, above {VERSION}; update training-diagnostics to read it."
         )
 
 

@@ -52,7 +52,7 @@ def gradients_of(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tenso
 
 
 @torch.no_grad()
-def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> list[Tensor]:
+def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """The p-norm of every gradient, in few kernels.
 
     Half types are accumulated in fp32; everything else gives bit for bit what ``torch.nn.utils.clip_grad_norm_`` sees.
@@ -62,14 +62,14 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> list
         norm_type: p > 0, possibly ``inf``.
 
     Returns:
-        One 0-dim real tensor per gradient, on the gradient's device.
+        Shape ``[len(gradients)]``, real, on the first gradient's device.
 
     Example:
-        >>> parameter_norms([torch.tensor([3.0, 4.0])])
-        [tensor(5.)]
+        >>> parameter_norms([torch.tensor([3.0, 4.0]), torch.ones(4)])
+        tensor([5., 2.])
     """
     values = [_dense(gradient) for gradient in gradients]
-    norms: list[Tensor | None] = [None] * len(values)
+    norms: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, value in enumerate(values):
         if value.numel() == 0:
@@ -78,26 +78,29 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> list
         else:
             groups.setdefault((value.device, value.dtype), []).append(index)
     for (_, dtype), indices in groups.items():
-        found = torch._foreach_norm([values[i] for i in indices], norm_type, _accumulation_dtype(dtype))  # noqa: SLF001 -- as torch's own clip
-        for index, norm in zip(indices, found, strict=True):
-            norms[index] = norm
-    return [norm for norm in norms if norm is not None]
+        group = [values[index] for index in indices]
+        found = torch._foreach_norm(group, norm_type, _accumulation_dtype(dtype))  # noqa: SLF001 -- as torch's own clip
+        norms.update(zip(indices, found, strict=True))
+    if not norms:
+        return torch.zeros(0)
+    device = values[0].device
+    together = [norms[index] for index in range(len(values))]
+    return torch.stack(together if len(groups) == 1 else [norm.to(device) for norm in together])
 
 
-def total_norm(norms: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The p-norm of the p-norms, which is the p-norm of all elements together.
+def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
+    """The p-norm of p-norms, which is the p-norm of all elements together.
 
     Returns:
-        A 0-dim tensor on the first norm's device; 0.0 for no norms.
+        A 0-dim tensor; 0.0 for no norms.
 
     Example:
-        >>> total_norm([torch.tensor(3.0), torch.tensor(4.0)])
+        >>> total_norm(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    if not norms:
-        return torch.tensor(0.0)
-    device = norms[0].device
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+    if norms.numel() == 0:
+        return norms.new_zeros(())
+    total: Tensor = torch.linalg.vector_norm(norms, norm_type)
     return total
 
 
@@ -126,9 +129,9 @@ def exact_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     scaled = [
         _dense(gradient).to(wide(gradient.dtype)) / scale for gradient, scale in zip(gradients, scales, strict=True)
     ]
-    norms = [norm * scale for norm, scale in zip(parameter_norms(scaled, norm_type), scales, strict=True)]
+    norms = pack([parameter_norms(scaled, norm_type)]) * pack(scales)
     counts = [torch.count_nonzero(~torch.isfinite(_dense(gradient))) for gradient in gradients]
-    return torch.stack([pack(norms), pack(counts)])
+    return torch.stack([norms, pack(counts)])
 
 
 def sample(tensor: Tensor, limit: int) -> Tensor:

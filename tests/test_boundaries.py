@@ -22,15 +22,18 @@ PACKAGE = ROOT / "diagnostics"
 LONGEST = 400
 
 ORDER = (
+    "layers",
     "records",
     "statistics",
     "assembly",
     "depth",
     "clipping",
+    "amp",
     "contract",
     "diagnosis",
     "options",
     "hooks",
+    "unit",
     "observation",
     "schedule",
     "runlog",
@@ -51,8 +54,9 @@ TO_THE_RIGHT = {
 }
 """Imports against the order: inside a function, each with its reason."""
 
-STEP_PATH = {*ORDER} - {"records", "runlog", "sinks", "reports", "trainers", "configs", "cli"}
+STEP_PATH = {*ORDER} - {"layers", "records", "runlog", "sinks", "reports", "trainers", "configs", "cli"}
 WITHOUT_TORCH = (
+    "layers",
     "records",
     "assembly",
     "contract",

@@ -257,10 +257,11 @@ def test_an_interrupted_run_keeps_what_it_has(sent, code):
     assert output.splitlines()[-1].startswith("Page of this run: ")
     log = read_run(log_file)
     assert log.end.status == "interrupted"
-    assert log.end.steps == len(log.records) > 10
+    assert len(log.records) > 10
+    assert abs(log.end.steps - len(log.records)) <= 1  # the signal may come between the sinks of one step
     (run,) = wandb_runs("here")
     assert run.exit_code not in (0, None)
-    assert len(run.column("grad/total_norm")) == len(log.records)
+    assert abs(len(run.column("grad/total_norm")) - len(log.records)) <= 1
 
 
 # ── multirun ──

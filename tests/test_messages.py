@@ -225,7 +225,45 @@ CASES: dict[str, Case] = {
     "optimizer": (
         lambda: of_optimizers(["adam"]),
         TypeError,
-        "optimizers must be torch.optim.Optimizer objects; got 'adam'.",
+        "optimizers must be torch.optim.Optimizer objects; got a str.",
+    ),
+    "an optimizer's class": (
+        lambda: of_optimizers(torch.optim.Adam),
+        TypeError,
+        "optimizers must be torch.optim.Optimizer objects; got the class Adam.",
+    ),
+    "parameters for an optimizer": (
+        lambda: of_optimizers(model().parameters()),
+        TypeError,
+        "optimizers must be torch.optim.Optimizer objects; got a Parameter.",
+    ),
+    "one optimizer twice": (
+        lambda: of_optimizers([sgd(model())] * 2),
+        ValueError,
+        "optimizers must be different objects; got the same one twice.",
+    ),
+    "a loss of two": (
+        lambda: monitor().clip_and_step(loss=torch.ones(2)),
+        ValueError,
+        "loss must be a number or a tensor of one element; got a tensor of shape (2,).",
+    ),
+    "a metric that is text": (
+        lambda: monitor().clip_and_step(metrics={"a": "b"}),
+        ValueError,
+        "metrics['a'] must be a number or a tensor of one element; got 'b'.",
+    ),
+    "a scaler that is none": (
+        lambda: monitor(scaler=5),
+        TypeError,
+        "scaler must be a GradScaler or None; got 5.",
+    ),
+    "the Monitor's clip with a generator that was used up": (
+        lambda: monitor().clip_grad_norm_(iter([]), 1.0),
+        ValueError,
+        (
+            "parameters must yield tensors; got a list_iterator with nothing left in it: pass a list, which can be "
+            "read again."
+        ),
     ),
     "no optimizer": (
         lambda: of_optimizers([]),
@@ -235,7 +273,7 @@ CASES: dict[str, Case] = {
     "watch": (
         lambda: watch(model(), ["adam"], sinks=[]),
         TypeError,
-        "optimizers must be torch.optim.Optimizer objects; got 'adam'.",
+        "optimizers must be torch.optim.Optimizer objects; got a str.",
     ),
     # the step
     "step after close": (

@@ -166,7 +166,7 @@ def test_a_newer_version_and_a_missing_file_say_what_to_do(tmp_path: Path) -> No
     ):
         read_run(tmp_path)
     (tmp_path / "run.jsonl").write_text(json.dumps({"schema": SCHEMA, "version": 2}))
-    with pytest.raises(ValueError, match="has schema version 2, but this release reads up to 1; update"):
+    with pytest.raises(ValueError, match="has schema version 2, above 1; update training-diagnostics"):
         read_run(tmp_path)
 
 
@@ -195,6 +195,16 @@ def test_a_table_of_layers_is_written_once_however_the_optimizers_alternate(tmp_
     file = write(tmp_path, *records)
     assert file.read_text().count('"layers":{') == 2
     assert read_run(file).records == tuple(records)
+
+
+def test_a_column_that_follows_from_others_or_says_nothing_is_not_written(tmp_path: Path) -> None:
+    plain = LayerRecord(Layer(0, "0", "Linear"), None, GradientStats(16, 2.0, 0.5))
+    odd = LayerRecord(Layer(0, "0", "Linear"), None, GradientStats(16, 2.0, 0.6, nonfinite=1))
+    file = write(tmp_path, *[step(i, layers=Layers([one])) for i, one in enumerate((plain, odd))])
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines() if line.startswith('{"step"')]
+    assert steps[0]["weight"] == {"norm": [2.0]}
+    assert steps[1]["weight"] == {"norm": [2.0], "rms": [0.6], "nonfinite": [1]}
+    assert "output" not in steps[0]
 
 
 def test_violations_are_one_entry_per_rule_and_parameters_with_the_last_count(tmp_path: Path) -> None:
@@ -258,7 +268,8 @@ for i in range(10**6):
     time.sleep(0.01)
 """
     with subprocess.Popen([sys.executable, "-c", program]) as process:
-        while process.poll() is None and not _steps(tmp_path) > 50:
+        give_up = time.time() + 30
+        while time.time() < give_up and not _steps(tmp_path) > 50:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         killed = time.time()

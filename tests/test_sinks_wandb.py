@@ -241,6 +241,7 @@ def test_a_profile_of_a_thousand_depths_has_at_most_512_bins_and_only_finite_hei
     assert len(histogram.histogram) == 512
     assert (histogram.bins[0], histogram.bins[-2]) == (0, 999)
     assert all(math.isfinite(height) and height >= 0 for height in histogram.histogram)
+    assert ours._profile(record(0, rms=(math.inf, math.nan, 0.0, 1.0)))["depth/profile"].histogram == [0, 0, 0, 20]
     assert ours._profile(record(1)) == {}
 
 
@@ -353,8 +354,8 @@ def test_an_online_run_delivers_rows_config_and_summary(tmp_path: Path) -> None:
 def test_a_server_that_does_not_answer_ends_in_one_sentence(tmp_path: Path) -> None:
     said = online("http://127.0.0.1:9", tmp_path, seconds=1)  # the discard port: nobody listens
     assert re.fullmatch(
-        r"W&B could not start an online run \(.+\); run `wandb login` if you have not, or choose mode offline and send the "
-        r"run later with `wandb sync`\.\n",
+        r"W&B could not start an online run \(.+\); run `wandb login` if you have not, or choose mode offline and send "
+        r"the run later with `wandb sync`\.\n",
         said,
     )
 
