@@ -212,7 +212,7 @@ def ending(error: BaseException | None) -> tuple[str, str | None]:
     """Status and one line for the exception that ended a run."""
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "finished", None
-    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    line = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
     return ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed"), line
 
 

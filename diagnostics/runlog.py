@@ -137,9 +137,10 @@ class RunLogWriter:
 
     def _flush(self) -> None:
         # Lines wait in a list, not in the file's buffer: a forked process would write its copy of that a second time.
-        lines, self._waiting = self._waiting, []
-        if lines:
-            self._file.write("\n".join(lines) + "\n")
+        if self._waiting:
+            text = "\n".join(self._waiting) + "\n"
+            self._waiting = []  # joined before and written at once after: an interrupt neither loses nor doubles a line
+            self._file.write(text)
             self._file.flush()
         self._flushed = time.monotonic()
 

@@ -104,6 +104,7 @@ def test_the_default_run_learns_the_digits_and_says_so_everywhere():
     assert run.exit_code == 0
     assert (run.name, run.group, run.project) == ("mlp-digits", "", "training-diagnostics")
     assert run.config["model"]["activation"] == "relu"
+    assert run.config["run_info"]["layers"] == [*(f"hidden.{place}.linear" for place in range(4)), "head"]
     (last, accuracy) = run.column("eval/accuracy")[-1]
     assert accuracy >= 0.95
     assert run.rows[-1]["optim_step"] == 600

@@ -165,10 +165,10 @@ def test_a_user_who_never_logs_gets_one_row_at_the_end_and_the_summary(tmp_path:
 
 
 def test_the_config_of_the_user_is_never_overwritten(tmp_path: Path) -> None:
-    theirs = {"lr": 0.1, "diagnostics": {"seed": "mine", "extra": [1]}}
+    theirs = {"lr": 0.1, "run_info": {"seed": "mine", "extra": [1]}}
     found = in_a_run_of_theirs(tmp_path / "a", with_commit, config=theirs)
     assert found.config["lr"] == 0.1
-    assert found.config["diagnostics"] == {
+    assert found.config["run_info"] == {
         "seed": "mine",
         "extra": [1],
         "command": "python train.py task.password=(hidden)",
@@ -178,9 +178,9 @@ def test_the_config_of_the_user_is_never_overwritten(tmp_path: Path) -> None:
         "git": {"commit": "1a2b", "dirty": False},
         "layers": ["layers.0", "layers.1", "layers.2"],
     }
-    taken = in_a_run_of_theirs(tmp_path / "b", with_commit, config={"diagnostics": "mine"})
-    assert taken.config["diagnostics"] == "mine"
-    assert taken.config["training_diagnostics"]["seed"] == 0
+    taken = in_a_run_of_theirs(tmp_path / "b", with_commit, config={"run_info": "mine"})
+    assert taken.config["run_info"] == "mine"
+    assert taken.config["training_run_info"]["seed"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +254,9 @@ def test_layers_have_keys_of_their_own_only_when_asked_for(own_run: OfflineRun, 
 def test_config_and_summary_of_a_run_of_our_own(own_run: OfflineRun) -> None:
     assert (own_run.project, own_run.group, own_run.exit_code) == ("ours", "sweep", 0)
     assert own_run.config["optimizer"] == {"lr": 0.1}
-    assert own_run.config["diagnostics"]["every"] == 10
-    assert own_run.config["diagnostics"]["seed"] == 0
-    assert own_run.config["diagnostics"]["layers"] == ["layers.0", "layers.1", "layers.2"]
+    assert own_run.config["diagnostics"] == {"every": 10}
+    assert own_run.config["run_info"]["seed"] == 0
+    assert own_run.config["run_info"]["layers"] == ["layers.0", "layers.1", "layers.2"]
     for key, value in SUMMARY.items():
         assert own_run.summary[f"diagnosis/{key}"] == value
 
@@ -345,7 +345,7 @@ def test_an_online_run_delivers_rows_config_and_summary(tmp_path: Path) -> None:
     assert [row["optim_step"] for row in server.rows] == list(range(STEPS))
     assert server.rows[0].keys() >= record(0).flat().keys() | {"depth/profile"}
     assert server.config["a"] == 1
-    assert server.config["diagnostics"]["layers"] == ["layers.0", "layers.1", "layers.2"]
+    assert server.config["run_info"]["layers"] == ["layers.0", "layers.1", "layers.2"]
     assert server.summary.items() >= {f"diagnosis/{key}": value for key, value in SUMMARY.items()}.items()
     assert (server.bucket["groupName"], server.exit_code) == ("sweep", 0)
     assert not [name for name, content in server.files.items() if b"hunter2" in content]
@@ -434,4 +434,4 @@ def test_a_monitored_loop_in_a_run_of_theirs_loses_nothing(tmp_path: Path) -> No
     assert told.items() <= {one.step: one.clip.total_norm for one in memory.records}.items()
     assert len(told) >= 11
     assert found.summary["diagnosis/verdict"] == monitor.verdict().condition
-    assert found.config["diagnostics"]["layers"] == ["0", "1", "2", "3"]
+    assert found.config["run_info"]["layers"] == ["0", "1", "2", "3"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STEP = "optim_step"
 PREFIXES = ("grad", "depth", "loop", "layer_grad_rms", "train", "eval")
-CONFIG_KEY = "diagnostics"
+CONFIG_KEY = "run_info"
 MOST_BINS = 512  # of a wandb.Histogram
 PROFILE_FLOOR = 20
 INIT_SECONDS, FINISH_SECONDS = 30, 60
