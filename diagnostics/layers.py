@@ -87,13 +87,13 @@ class LayerRecord:
 
 
 class Layers(Sequence[LayerRecord]):
-    """The layers of one step in order of depth: a sequence of LayerRecord.
+    """The layers of one step in order of depth: a sequence of LayerRecord, made when somebody looks.
 
     What a step did to the weights is only known after it, and reading it back at once would cost a second copy from the
-    device. So the update ratios come from a function that is called when somebody looks.
+    device. So the update ratios come from a function of their own.
 
     Args:
-        measured: The layers as they were measured before the step.
+        measured: The layers as they were measured before the step, or a function that makes them.
         updates: Returns one update ratio (or None) per layer.
 
     Example:
@@ -103,23 +103,31 @@ class Layers(Sequence[LayerRecord]):
         (None, 0.001)
     """
 
-    __slots__ = ("_complete", "_updates", "before_step")
+    __slots__ = ("_complete", "_measured", "_updates")
 
     def __init__(
-        self, measured: Sequence[LayerRecord] = (), updates: Callable[[], Sequence[float | None]] | None = None
+        self,
+        measured: Sequence[LayerRecord] | Callable[[], Sequence[LayerRecord]] = (),
+        updates: Callable[[], Sequence[float | None]] | None = None,
     ) -> None:
-        self.before_step: tuple[LayerRecord, ...] = tuple(measured)
+        self._measured = measured if callable(measured) else tuple(measured)
         self._updates = updates
-        self._complete: tuple[LayerRecord, ...] | None = self.before_step if updates is None else None
+        self._complete: tuple[LayerRecord, ...] | None = None
+
+    @property
+    def before_step(self) -> tuple[LayerRecord, ...]:
+        """The layers without their update ratios, which may not have come yet."""
+        if callable(self._measured):
+            self._measured = tuple(self._measured())
+        return self._measured
 
     def _look(self) -> tuple[LayerRecord, ...]:
         if self._complete is None:
-            assert self._updates is not None
-            ratios = self._updates()
-            self._complete = tuple(
-                replace(record, update_ratio=ratio) for record, ratio in zip(self.before_step, ratios, strict=True)
-            )
-            self._updates = None
+            self._complete = self.before_step
+            if self._updates is not None:
+                pairs = zip(self.before_step, self._updates(), strict=True)
+                self._complete = tuple(replace(record, update_ratio=ratio) for record, ratio in pairs)
+                self._updates = None
         return self._complete
 
     @overload

@@ -139,7 +139,8 @@ class Observation:
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
         self._outputs = [(item, reader.ask(item.profile)) for item in self._noted()] if recorded else []
-        self._profiles = [reader.ask(statistics.profile(gradient)) for gradient in self.gradients] if recorded else []
+        self._peaks = reader.ask(statistics.peaks(self.gradients)) if recorded else None
+        self._fractions = reader.ask(statistics.fractions(self.gradients)) if recorded else None
         self._held = list(held) if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
         self._weights = reader.ask(statistics.parameter_norms(self._before))
@@ -161,16 +162,14 @@ class Observation:
     def settle(self) -> GradientNorms:
         """Reads everything that was asked for; a second time for what fp32 may not have held."""
         self.norms = self._norms_of(self.clipping, self._norms)
-        euclidean = self.norms
-        if self._euclidean is not self.clipping:
-            euclidean = self._norms_of(self._euclidean, self._euclidean_norms)
-        self.pieces = self._weight_pieces(euclidean)
+        same = self._euclidean is self.clipping
+        self._euclid = self.norms if same else self._norms_of(self._euclidean, self._euclidean_norms)
         return self.norms
 
     @property
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
-        return {index for index, part in zip(self.indices, self.pieces.values(), strict=True) if part.norm == 0}
+        return {index for index, norm in zip(self.indices, self.norms.parameters, strict=True) if norm == 0}
 
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""
@@ -188,15 +187,14 @@ class Observation:
             chosen: The layers to tell of.
             clip_factor: What the gradients had been multiplied by before they were measured.
         """
+        pieces = self._weight_pieces(clip_factor)
+        if self._moved is None:
+            return Layers(lambda: layer_records([(layer, ()) for layer, _ in chosen], pieces(), {}))
         outputs: dict[Call, list[Piece]] = {}
         for item, reading in self._outputs:
             outputs.setdefault(item.call, []).append(piece(item.numel, reading.values, self.loss_scale))
-        weights = self._sampled()
-        pieces = {name: part.divided(clip_factor) for name, part in self.pieces.items()}
-        measured = layer_records([(layer, outputs.get(call, ())) for layer, call in chosen], pieces, weights)
-        moved = self._moved
-        if moved is None:
-            return Layers(measured)
+        weights, moved = self._sampled(), self._moved
+        measured = layer_records([(layer, outputs.get(call, ())) for layer, call in chosen], pieces(), weights)
         names = [self.catalogue.name(tensor) for tensor in self._held]
         return Layers(measured, lambda: update_ratios(measured, weights, dict(zip(names, moved.values, strict=True))))
 
@@ -226,21 +224,25 @@ class Observation:
         norms = read.values[len(read.values) - len(self.gradients) :]
         suspects = [
             place
-            for place in reading.suspects(read.values, each=not self.recorded)
+            for place in reading.suspects(read.values, each=True)
             if norms[place] != 0 or self.indices[place] not in self._zeros
         ]
         if not suspects:
             return reading.norms(read.values)
         return reading.norms(read.values, suspects, self.reader.ask(reading.exact(suspects)).values)
 
-    def _weight_pieces(self, norms: GradientNorms) -> dict[str, Piece]:
+    def _weight_pieces(self, clip_factor: float) -> Callable[[], dict[str, Piece]]:
+        """Makes the pieces of weight gradients from numbers alone, later: a record must not keep tensors alive."""
         names = [self.catalogue.names[index] for index in self.indices]
-        sizes = [gradient.numel() for gradient in self.gradients]
-        if self._profiles:
-            parts = [piece(size, profile.values) for size, profile in zip(sizes, self._profiles, strict=True)]
-        else:
-            parts = [
-                Piece(size, norm, nonfinite=count)
-                for size, norm, count in zip(sizes, norms.parameters, norms.nonfinite, strict=True)
-            ]
-        return dict(zip(names, parts, strict=True))
+        sizes, count = [gradient.numel() for gradient in self.gradients], len(self.gradients)
+        norms = self._euclid
+        peaks = self._peaks.values if self._peaks else [None] * count
+        fractions = self._fractions.values if self._fractions else [None] * (2 * count)
+
+        def make() -> dict[str, Piece]:
+            columns = zip(
+                sizes, norms.parameters, peaks, fractions[:count], fractions[count:], norms.nonfinite, strict=True
+            )
+            return {name: Piece(*column).divided(clip_factor) for name, column in zip(names, columns, strict=True)}
+
+        return make

@@ -247,7 +247,9 @@ class StepRecord:
 
     @property
     def nonfinite(self) -> int:
-        """Number of NaN and infinite elements in the weight gradients."""
+        """Number of NaN and infinite elements in the weight gradients; none where their norm is finite."""
+        if math.isfinite(self.clip.total_norm):
+            return 0
         return sum(record.weight.nonfinite for record in self.layers.before_step if record.weight is not None)
 
     def flat(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 UPDATE_SAMPLE = 4096
 FRACTION_SAMPLE = 1024
+_SMALL = 4096
 TRUSTED_DECADES = 30.0
 """fp32 reaches 38 decades down and up from 1; a sum of powers this far out is held with room to spare."""
 
@@ -179,6 +180,55 @@ def profile(gradient: Tensor) -> Tensor:
     )  # 0 * x is NaN, which is not zero, exactly where x is not finite
     fractions = torch.stack([zero, (part < tiny) & ~zero]).to(values.dtype).mean(dim=1)
     return torch.cat([torch.stack([relative, peak]), fractions, nonfinite.reshape(1)])
+
+
+@torch.no_grad()
+def peaks(gradients: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of every gradient, shape ``[len(gradients)]``; NaN where there is one.
+
+    Small gradients share a kernel. For large ones the inf-norm takes ten times as long as a look at both ends.
+
+    Example:
+        >>> peaks([torch.tensor([1.0, -3.0])])
+        tensor([3.], dtype=torch.float64)
+    """
+    values = [_dense(gradient) for gradient in gradients]
+    values = [value.abs() if value.is_complex() else value for value in values]
+    small = [place for place, value in enumerate(values) if value.numel() <= _SMALL]
+    found = dict(zip(small, parameter_norms([values[place] for place in small], math.inf), strict=True))
+    both = {
+        place: torch.maximum(value.amax(), -value.amin()) for place, value in enumerate(values) if place not in found
+    }
+    return pack([found[place] if place in found else both[place] for place in range(len(values))])
+
+
+@torch.no_grad()
+def fractions(gradients: Sequence[Tensor]) -> Tensor:
+    """Shares of zeros and of subnormal numbers in a sample of every gradient, shape ``[2, len(gradients)]``.
+
+    Example:
+        >>> fractions([torch.tensor([0.0, 1.0, 0.0, 1e-40])])
+        tensor([[0.5000],
+                [0.2500]], dtype=torch.float64)
+    """
+    samples = [sample(gradient, FRACTION_SAMPLE) for gradient in gradients]
+    found = torch.zeros(2, len(samples), dtype=torch.float64)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, part in enumerate(samples):
+        if part.numel():
+            groups.setdefault((part.device, part.dtype), []).append(place)
+    for (device, dtype), places in groups.items():
+        together = torch.cat([samples[place] for place in places]).abs()
+        zero = together == 0
+        marks = torch.stack([zero, (together < torch.finfo(dtype).tiny) & ~zero])
+        sizes = torch.tensor([samples[place].numel() for place in places])
+        ends = torch.cumsum(sizes, 0).to(device)
+        sums = torch.cumsum(marks, 1, dtype=torch.float32)[:, ends - 1]
+        shares = torch.diff(sums, dim=1, prepend=sums.new_zeros(2, 1)) / sizes.to(device)
+        if len(groups) == 1 and len(places) == len(samples):
+            return shares.double() if device.type != "mps" else shares
+        found = found.to(device).index_copy(1, torch.tensor(places, device=device), shares.double())
+    return found
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
