@@ -42,15 +42,14 @@ class Sampled:
 
 
 def piece(numel: int, values: Sequence[float], scale: float = 1.0) -> Piece:
-    """A Piece from what ``statistics.profile`` was read as, divided by the loss scale.
+    """A Piece from a column of ``statistics.profiles``, divided by the loss scale.
 
     Example:
-        >>> piece(4, [2.0, 8.0, 0.0, 0.0, 0.0], scale=2.0).norm
+        >>> piece(4, [16.0, 8.0, 0.0, 0.0, 0.0], scale=2.0).norm
         8.0
     """
-    relative, peak, zero, underflow, nonfinite = values
-    norm = relative * peak if math.isfinite(peak) else peak
-    return Piece(numel, norm, peak, zero, underflow, int(nonfinite)).divided(scale)
+    norm, peak, zero, underflow, nonfinite = values
+    return Piece(numel, norm if math.isfinite(peak) else peak, peak, zero, underflow, int(nonfinite)).divided(scale)
 
 
 def merge(pieces: Sequence[Piece]) -> GradientStats | None:

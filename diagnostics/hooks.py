@@ -29,11 +29,11 @@ _NO_BACKWARD = -1
 
 @dataclass(slots=True)
 class OutputGradient:
-    """One profile of the gradient of a layer call's output; several of one call merge."""
+    """The gradient of a layer call's output, taken apart; several of one call merge."""
 
     call: Call
     numel: int
-    profile: Tensor
+    parts: statistics.Parts
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class BackwardPass:
         replaced: Those of them whose ``.grad`` was no longer the tensor that the step had spent.
         cleared: Parameters to which an earlier pass had added what no step has spent, and whose ``.grad`` was None.
         accumulated: Parameters that the pass added to.
-        outputs: Profiles of output gradients, in the order of the backward pass.
+        outputs: Output gradients, in the order of the backward pass.
     """
 
     held: tuple[int, ...] = ()
@@ -278,7 +278,7 @@ class Watcher:
 
     def _output_gradient(self, call: Call, gradient: Tensor) -> None:
         current = self._enter(_graph_task())
-        current.outputs.append(OutputGradient(call, gradient.numel(), statistics.profile(gradient)))
+        current.outputs.append(OutputGradient(call, gradient.numel(), statistics.take_apart(gradient)))
 
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
         task = _graph_task()

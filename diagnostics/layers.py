@@ -103,22 +103,27 @@ class Layers(Sequence[LayerRecord]):
         (None, 0.001)
     """
 
-    __slots__ = ("_complete", "_measured", "_updates")
+    __slots__ = ("_complete", "_measured", "_source", "_updates")
 
     def __init__(
         self,
         measured: Sequence[LayerRecord] | Callable[[], Sequence[LayerRecord]] = (),
         updates: Callable[[], Sequence[float | None]] | None = None,
     ) -> None:
-        self._measured = measured if callable(measured) else tuple(measured)
+        self._source = measured
+        self._measured: tuple[LayerRecord, ...] | None = None
         self._updates = updates
         self._complete: tuple[LayerRecord, ...] | None = None
+
+    def unread(self) -> Layers:
+        """The same layers, to be made anew when somebody looks: what is kept should be numbers, not objects."""
+        return Layers(self._source, self._updates)
 
     @property
     def before_step(self) -> tuple[LayerRecord, ...]:
         """The layers without their update ratios, which may not have come yet."""
-        if callable(self._measured):
-            self._measured = tuple(self._measured())
+        if self._measured is None:
+            self._measured = tuple(self._source() if callable(self._source) else self._source)
         return self._measured
 
     def _look(self) -> tuple[LayerRecord, ...]:
@@ -127,7 +132,6 @@ class Layers(Sequence[LayerRecord]):
             if self._updates is not None:
                 pairs = zip(self.before_step, self._updates(), strict=True)
                 self._complete = tuple(replace(record, update_ratio=ratio) for record, ratio in pairs)
-                self._updates = None
         return self._complete
 
     @overload

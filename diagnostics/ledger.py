@@ -97,7 +97,7 @@ class Ledger:
         self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
         record = replace(record, diagnoses=tuple(diagnosis.prescribe(one, self.run) for one in changed))
         self._count(record)
-        self.records.append(record)
+        self.records.append(replace(record, layers=record.layers.unread()))
         self._hand_on()
         if record.recorded:
             self._waiting = record

@@ -15,8 +15,8 @@ from diagnostics.assembly import OUTSIDE, Piece, Sampled, layer_records, piece, 
 from diagnostics.clipping import ClipByNorm, GradientNorms, NormReading
 from diagnostics.contract import Step
 from diagnostics.depth import Call, find_owners, layer_table
-from diagnostics.hooks import BackwardPass, OutputGradient, Watcher
-from diagnostics.records import Layer, Layers, StepRecord
+from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.records import Layer, LayerRecord, Layers, StepRecord
 from diagnostics.unit import Unit
 
 
@@ -138,16 +138,14 @@ class Observation:
             self._norms if self._euclidean is self.clipping else reader.ask(self._euclidean.tensor())
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
-        self._outputs = [(item, reader.ask(item.profile)) for item in self._noted()] if recorded else []
+        self._noted = [item for one in self.passes for item in one.outputs] if recorded else []
+        self._profiles = reader.ask(statistics.profiles([item.parts for item in self._noted]))
         self._peaks = reader.ask(statistics.peaks(self.gradients)) if recorded else None
         self._fractions = reader.ask(statistics.fractions(self.gradients)) if recorded else None
         self._held = list(held) if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
         self._weights = reader.ask(statistics.parameter_norms(self._before))
         self._moved: statistics.Reading | None = None
-
-    def _noted(self) -> list[OutputGradient]:
-        return [item for one in self.passes for item in one.outputs]
 
     @property
     def loss_scale(self) -> float:
@@ -187,16 +185,21 @@ class Observation:
             chosen: The layers to tell of.
             clip_factor: What the gradients had been multiplied by before they were measured.
         """
-        pieces = self._weight_pieces(clip_factor)
-        if self._moved is None:
-            return Layers(lambda: layer_records([(layer, ()) for layer, _ in chosen], pieces(), {}))
-        outputs: dict[Call, list[Piece]] = {}
-        for item, reading in self._outputs:
-            outputs.setdefault(item.call, []).append(piece(item.numel, reading.values, self.loss_scale))
-        weights, moved = self._sampled(), self._moved
-        measured = layer_records([(layer, outputs.get(call, ())) for layer, call in chosen], pieces(), weights)
+        pieces, outputs, weights = self._weight_pieces(clip_factor), self._output_pieces(), self._sampled()
+
+        def measured() -> list[LayerRecord]:
+            found = outputs()
+            return layer_records([(layer, found.get(call, ())) for layer, call in chosen], pieces(), weights)
+
+        moved = self._moved
+        if moved is None:
+            return Layers(measured)
         names = [self.catalogue.name(tensor) for tensor in self._held]
-        return Layers(measured, lambda: update_ratios(measured, weights, dict(zip(names, moved.values, strict=True))))
+
+        def updates() -> list[float | None]:
+            return update_ratios(measured(), weights, dict(zip(names, moved.values, strict=True)))
+
+        return Layers(measured, updates)
 
     def shares(self, chosen: Sequence[tuple[Layer, Call]], by_parameter: Sequence[float]) -> tuple[float, ...]:
         """The parts of the norm by layer, from those by parameter."""
@@ -230,6 +233,18 @@ class Observation:
         if not suspects:
             return reading.norms(read.values)
         return reading.norms(read.values, suspects, self.reader.ask(reading.exact(suspects)).values)
+
+    def _output_pieces(self) -> Callable[[], dict[Call, list[Piece]]]:
+        """Makes the pieces of output gradients, likewise from numbers alone."""
+        calls, values, scale = [(item.call, item.numel) for item in self._noted], self._profiles.values, self.loss_scale
+
+        def make() -> dict[Call, list[Piece]]:
+            outputs: dict[Call, list[Piece]] = {}
+            for place, (call, numel) in enumerate(calls):
+                outputs.setdefault(call, []).append(piece(numel, values[place :: len(calls)], scale))
+            return outputs
+
+        return make
 
     def _weight_pieces(self, clip_factor: float) -> Callable[[], dict[str, Piece]]:
         """Makes the pieces of weight gradients from numbers alone, later: a record must not keep tensors alive."""

@@ -17,6 +17,7 @@ from torch import Tensor
 UPDATE_SAMPLE = 4096
 FRACTION_SAMPLE = 1024
 _SMALL = 4096
+_QUICK = 65536
 TRUSTED_DECADES = 30.0
 """fp32 reaches 38 decades down and up from 1; a sum of powers this far out is held with room to spare."""
 
@@ -24,9 +25,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Profile(NamedTuple):
-    """What :func:`profile` packs into one tensor, in this order, once it has been read back."""
+    """The rows of :func:`profiles`: the shares of zeros and of subnormal numbers come from a sample."""
 
-    relative_norm: float
+    norm: float
     peak: float
     zero_fraction: float
     underflow_fraction: float
@@ -151,35 +152,57 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
     return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
 
 
-def profile(gradient: Tensor) -> Tensor:
-    """Everything a recorded step keeps of one gradient, as one small tensor.
+class Parts(NamedTuple):
+    """A gradient that will soon be gone, in few kernels; :func:`profiles` does the rest for many of them at once."""
 
-    Args:
-        gradient: Real or complex, any shape; half types are widened to fp32 first.
+    norm: Tensor
+    low: Tensor
+    high: Tensor
+    nonfinite: Tensor
+    sample: Tensor
 
-    Returns:
-        Shape ``[5]`` in the order of :class:`Profile`, on the gradient's device: the norm over the peak, the peak, the
-        shares of zeros and of subnormal numbers in a sample, and the number of non-finite elements.
 
-    Example:
-        >>> profile(torch.tensor([3e-30, 4e-30]))[:2]
-        tensor([1.2500e+00, 4.0000e-30])
-    """
+@torch.no_grad()
+def take_apart(gradient: Tensor) -> Parts:
+    """What :func:`profiles` needs of a gradient: real or complex, dense or sparse, any shape."""
     values = _dense(gradient).detach()
-    tiny = torch.finfo(values.dtype).tiny
+    part = sample(values, FRACTION_SAMPLE).clone()
+    if values.numel() == 0:
+        nothing = torch.zeros((), device=values.device)
+        return Parts(nothing, nothing, nothing, nothing, part)
     values = values.abs() if values.is_complex() else values
     values = values.float() if values.dtype in _HALF else values
-    if values.numel() == 0:
-        return torch.zeros(len(Profile._fields), dtype=values.dtype, device=values.device)
-    peak = torch.maximum(values.amax(), values.amin().neg())
+    low, high = torch.aminmax(values)
+    nonfinite = torch.linalg.vector_norm(values * 0, 0)  # 0 * x is NaN, which is not zero, just where x is not finite
+    return Parts(_safe_norm(values, low, high), low, high, nonfinite, part)
+
+
+@torch.no_grad()
+def profiles(parts: Sequence[Parts]) -> Tensor:
+    """Everything a recorded step keeps of some gradients.
+
+    Returns:
+        Shape ``[5, len(parts)]``, with rows in the order of :class:`Profile`.
+
+    Example:
+        >>> profiles([take_apart(torch.tensor([3e-30, 4e-30]))])[:2, 0]
+        tensor([5.0000e-30, 4.0000e-30], dtype=torch.float64)
+    """
+    if not parts:
+        return torch.zeros(len(Profile._fields), 0)
+    norms, lows, highs, nonfinite = (pack(column) for column in list(zip(*parts, strict=True))[:4])
+    shares = fractions([part.sample for part in parts]).to(norms.device)
+    return torch.stack([norms, torch.maximum(highs, -lows), *shares, nonfinite])
+
+
+def _safe_norm(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The Euclidean norm over the whole range: in float64 where that is quick, else relative to the peak."""
+    if values.dtype == torch.float32 and values.numel() <= _QUICK and values.device.type != "mps":
+        norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+        return norm
+    peak = torch.maximum(high, -low)
     relative = torch.linalg.vector_norm(values / torch.where(peak > 0, peak, torch.ones_like(peak)))
-    part = sample(values, FRACTION_SAMPLE).abs()
-    zero = part == 0
-    nonfinite = torch.linalg.vector_norm(
-        values * 0, 0
-    )  # 0 * x is NaN, which is not zero, exactly where x is not finite
-    fractions = torch.stack([zero, (part < tiny) & ~zero]).to(values.dtype).mean(dim=1)
-    return torch.cat([torch.stack([relative, peak]), fractions, nonfinite.reshape(1)])
+    return pack([relative]) * pack([peak])
 
 
 @torch.no_grad()
