@@ -86,7 +86,7 @@ class State:
     Attributes:
         tracks: Conditions that stand or are about to.
         past: Diagnoses that cleared, oldest first.
-        records: Number of recorded steps so far.
+        records: Number of steps so far whose output gradients were seen.
         skips: Skipped steps in a row, by optimizer.
         slope: The last fitted backward slope.
     """
@@ -173,7 +173,8 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
             tracks[condition] = after
         else:
             past.append(after.diagnosis)
-    return State(tracks, tuple(past), state.records + record.recorded, skips, slope), tuple(changed)
+    seen = record.recorded and any(layer.output is not None for layer in record.layers.before_step)
+    return State(tracks, tuple(past), state.records + seen, skips, slope), tuple(changed)
 
 
 def diagnose(
@@ -223,7 +224,7 @@ def verdict(state: State, violations: Sequence[Violation] = (), thresholds: Thre
     """One word, one number and one sentence: the last confirmed state, what cleared and when, what the loop broke."""
     if state.records == 0 and not state.tracks:
         unlawful = f"; {_unlawful(violations)}" if violations else ""
-        return Verdict("unknown", 0, f"unknown: no step was recorded{unlawful}")
+        return Verdict("unknown", 0, f"unknown: no output gradient was seen{unlawful}")
     short = state.records < (thresholds or Thresholds()).confirm
     standing = [diagnosis for diagnosis in state.diagnoses if diagnosis.cleared is None]
     serious = [item for item in standing if item.severity >= WARNING and (item.confirmed or short)]

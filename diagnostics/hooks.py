@@ -7,6 +7,8 @@ Output gradients come from a forward hook that registers on the output tensor: m
 in-place operation that follows, and cost six times as much. Weight gradients are read at the step, since parameter
 hooks see them before all-reduce and before unscaling. What parameter hooks are for is to know which backward pass
 accumulated into which parameter, and what was left in ``.grad`` when the pass began.
+
+Inside a compiled model there are no forward hooks: output gradients are not seen, weight gradients are.
 """
 
 from __future__ import annotations
@@ -70,6 +72,8 @@ class _Hook:
         self.key = key
 
     def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():  # traced, it would break the graph at every layer
+            return
         watcher, note = self.watcher, self.note
         if watcher is None or note is None or not watcher.listening:
             return
