@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 
@@ -46,8 +47,8 @@ class Units:
             own = self._own(unit)
             for one in passes:
                 if one.cleared:
-                    unit.passes = [old for old in unit.passes if not (old.accumulated & own) <= one.cleared]
-                if not one.accumulated.isdisjoint(own):
+                    unit.passes = [old for old in unit.passes if not own(old) <= one.cleared]
+                if own(one):
                     unit.passes = [*unit.passes, one][-_PENDING_PASSES:]
 
     def take(self, unit: Unit) -> list[BackwardPass]:
@@ -58,8 +59,12 @@ class Units:
                 other.passes = []
         return passes
 
-    def _own(self, unit: Unit) -> set[int]:
-        return {self._catalogue.index(parameter) for parameter in unit.parameters()}
+    def _own(self, unit: Unit) -> Callable[[BackwardPass], AbstractSet[int]]:
+        """What a pass has added to the unit's own parameters."""
+        if len(self.all) == 1:
+            return lambda one: one.accumulated
+        own = {self._catalogue.index(parameter) for parameter in unit.parameters()}
+        return lambda one: one.accumulated & own
 
     def of(self, optimizer: torch.optim.Optimizer | None) -> Unit:
         """The unit of one optimizer, or of all for None.
