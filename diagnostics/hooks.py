@@ -123,6 +123,8 @@ class Watcher:
         self._handles: list[RemovableHandle] = []
         self._spent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unspent: set[int] = set()
+        self._sentinels: set[int] = set()
+        self._first: int | None = None
         self._running: list[int] = []
         self._current = BackwardPass()
         self._ranks: dict[int, int] = {}
@@ -140,10 +142,9 @@ class Watcher:
             index = len(self._parameters)
             self._parameters.append(weakref.ref(parameter))
             if parameter.requires_grad and parameter.is_leaf:
-                before = _Hook(self, self._before_accumulation, index)
                 after = _Hook(self, self._after_accumulation, index)
-                self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
-                self._handles.append(parameter.register_post_accumulate_grad_hook(after))  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
 
     def watch_steps(
         self,
@@ -285,12 +286,29 @@ class Watcher:
         current.outputs.append(OutputGradient(call, gradient.numel(), statistics.take_apart(gradient)))
 
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
-        task = _graph_task()
-        if task not in self._running:
-            self._enter(task)
+        self._enter(_graph_task())
 
     def _after_accumulation(self, index: int, _parameter: Tensor) -> None:
-        self._enter(_graph_task()).accumulated.add(index)
+        task = _graph_task()
+        if task not in self._running:
+            self._spent.pop(index, None)  # nothing told of the pass in time: what was left in here is not known
+        current = self._enter(task)
+        if not current.accumulated and index not in self._sentinels:
+            self._first = index
+        current.accumulated.add(index)
+
+    def _post_sentinel(self) -> None:
+        """Has the parameter that a pass reached first tell of the next one before it accumulates.
+
+        Passes begin at the same few parameters, so a hook on each of those is enough, where one on every parameter
+        would double what watching costs.
+        """
+        index, self._first = self._first, None
+        parameter = None if index is None else self._parameters[index]()
+        if index is not None and parameter is not None:
+            self._sentinels.add(index)
+            before = _Hook(self, self._before_accumulation, index)
+            self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
 
     def _enter(self, task: int) -> BackwardPass:
         """The pass of a graph task; one that is begun inside a running one (reentrant checkpoint) is no new pass."""
@@ -318,6 +336,7 @@ class Watcher:
         if self._current.accumulated:  # autograd.grad accumulates into nobody, and its output gradients do not count
             self.timeline.append(self._current)
             self._unspent |= self._current.accumulated
+            self._post_sentinel()
         self._current = BackwardPass()
         self._begun = [False for _ in self._begun]
 

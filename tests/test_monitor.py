@@ -306,11 +306,12 @@ def test_every_lawful_way_to_clear_is_silent(name, place, own):
     assert len(monitor.records) == 4
 
 
+@pytest.mark.parametrize("every", [0, 10], ids=["no output hooks", "output hooks"])
 @pytest.mark.parametrize("own", [False, True], ids=["clip_and_step", "optimizer.step"])
-def test_a_loop_that_never_clears_is_reported_at_step_1_with_its_parameters(own):
+def test_a_loop_that_never_clears_is_reported_at_step_1_with_its_parameters(own, every):
     model = net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with Monitor(model, optimizer, sinks=[], on_violation="record", on_diagnosis="record") as monitor:
+    with Monitor(model, optimizer, sinks=[], every=every, on_violation="record", on_diagnosis="record") as monitor:
         for x, y in batches(4):
             functional.cross_entropy(model(x), y).backward()
             if own:
@@ -322,6 +323,18 @@ def test_a_loop_that_never_clears_is_reported_at_step_1_with_its_parameters(own)
     assert set(violation.parameters) == {name for name, _ in model.named_parameters()}
     assert "optimizer.zero_grad()" in violation.remedy
     assert "unlawful loop" in monitor.verdict().text
+
+
+def test_a_pass_that_begins_elsewhere_than_the_ones_before_it_does_not_hide_the_rest():
+    trunk, heads = nn.Linear(4, 4), [nn.Linear(4, 1), nn.Linear(4, 1)]
+    model = nn.ModuleList([trunk, *heads])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, sinks=[], every=0, on_violation="record") as monitor:
+        for step in range(4):
+            heads[step // 2](torch.tanh(trunk(torch.ones(2, 4)))).sum().backward()
+            monitor.clip_and_step()
+    found = {name for violation in monitor.violations for name in violation.parameters}
+    assert found == {name for name, _ in model.named_parameters()}
 
 
 def test_one_layer_that_is_left_out_of_clearing_is_named_alone():
@@ -351,15 +364,18 @@ def test_declared_accumulation_is_silent():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["backward", "backward", "step", "zero", "none", "forward"]), max_size=24))
-def test_random_loops_agree_with_a_reference_that_tracks_every_contribution(acts):
+@given(
+    st.lists(st.sampled_from(["backward", "backward", "step", "zero", "none", "forward"]), max_size=24),
+    st.sampled_from([0, 10]),
+)
+def test_random_loops_agree_with_a_reference_that_tracks_every_contribution(acts, every):
     """A linear model whose input is one coordinate per pass, so that contributions can be read off the gradient."""
     size = len(acts) + 1
     model = nn.Linear(size, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     spent, number, step = set(), 0, 0
     expected = []
-    with Monitor(model, optimizer, sinks=[], on_violation="record", on_diagnosis="record") as monitor:
+    with Monitor(model, optimizer, sinks=[], every=every, on_violation="record", on_diagnosis="record") as monitor:
         for act in acts:
             if act == "backward":
                 x = torch.zeros(1, size)
