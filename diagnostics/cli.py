@@ -7,16 +7,16 @@ the task's data come in when a job starts.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from diagnostics.configs import CONF, ConfigurationError, register, resolve, sentence
+from diagnostics.configs import CONF, ConfigurationError, register_trainers, resolve, sentence
+from diagnostics.jobs import Job, describe_job
 from diagnostics.records import ContractError, DiagnosisError, DiagnosticsWarning, NonFiniteGradientError, RunInfo
+from diagnostics.reports.page import PAGE
 from diagnostics.trainers.progress import write_line
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.amp import GradScaler
     from torch.optim import Optimizer
 
     from diagnostics.clipping import ClipByNorm
@@ -42,41 +45,16 @@ if TYPE_CHECKING:
     from diagnostics.trainers.loop import TrainerSettings
     from diagnostics.trainers.tasks import Task
 
-OURS = ("diagnostics", "torch")  # what a `_target_` may name: nothing that was not written to be configured
-PAGE = "page.html"
+OURS = ("diagnostics", "torch")  # what a `_target_` may name where trusted_packages adds nothing
 # Errors that say in one sentence what a person has to know: where in the code they arose is of no interest.
 SAID = (ConfigurationError, ContractError, DiagnosisError, NonFiniteGradientError, ConnectionError)
 WANTS_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # Hydra's own switch, read before we set it
 
-register()  # at import: the workers of a parallel sweep import this module before they compose their jobs
+register_trainers()  # at import: the workers of a parallel sweep import this module before they compose their jobs
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the machine wants the process to end, as Ctrl-C does a person."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What Hydra knows about a job.
-
-    Attributes:
-        name: For people: the overrides, in a multirun those that differ between its jobs.
-        overrides: All of them.
-        directory: The job's own folder.
-        group: In a multirun the sweep's folder name, else None.
-        shared: Where the W&B files go: the sweep's folder or the job's own.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    directory: Path
-    group: str | None
-    shared: Path
-
-    @property
-    def command(self) -> str:
-        """The command line that repeats this job alone."""
-        return shlex.join(["python", "scripts/train.py", *self.overrides])
 
 
 @dataclass(frozen=True)
@@ -88,6 +66,7 @@ class Parts:
     model: nn.Module
     optimizer: Optimizer
     clip: ClipByNorm | None
+    scaler: GradScaler | None
     monitoring: Mapping[str, Any]
 
 
@@ -112,6 +91,25 @@ def train() -> None:
         if isinstance(error, SAID):
             sys.exit(str(error))
         raise error.with_traceback(_below_hydra(error)) from error.__cause__
+
+
+def report() -> None:
+    """Prints a row for each run at or below the given places, the sickest first, and makes their pages."""
+    import argparse
+    import shutil
+
+    from diagnostics.reports import gather
+
+    parser = argparse.ArgumentParser(description="One row per run, the sickest first, and a page beside each run log.")
+    parser.add_argument("places", nargs="+", metavar="folder", help="of a run or a sweep, or of several; or a run log")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than a name has
+    try:
+        for line in gather.report(parser.parse_args().places, width):
+            print(line, flush=True)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
 
 
 def job(config: DictConfig) -> float:
@@ -157,11 +155,15 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
     )
     try:
         with open_sinks(settings["sink"], info, place) as (sinks, log):
-            with Monitor(
-                parts.model, parts.optimizer, clip=parts.clip, sinks=sinks, run=info, **parts.monitoring
-            ) as monitor:
+            with Monitor(parts.model, parts.optimizer, sinks=sinks, run=info, **parts.monitoring) as monitor:
                 evaluation = loop.train(
-                    parts.model, parts.task, parts.optimizer, monitor, parts.trainer, clip=parts.clip
+                    parts.model,
+                    parts.task,
+                    parts.optimizer,
+                    monitor,
+                    parts.trainer,
+                    clip=parts.clip,
+                    scaler=parts.scaler,
                 )
             log({**evaluation, "optim_step": parts.trainer.steps})
         shown = ", ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
@@ -181,10 +183,11 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     import torch
 
     from diagnostics.options import Options
-    from diagnostics.trainers.loop import choose_device
+    from diagnostics.trainers.loop import choose_device, make_scaler
 
     trainer = build(settings["trainer"], "trainer")
-    task = build(settings["task"], "task")
+    trusted = (*OURS, *settings["trusted_packages"])
+    task = build(settings["task"], "task", trusted=trusted)
     clip = build(settings["clip"], "clip") if settings["clip"] else None
     monitoring = {key: value for key, value in settings["diagnostics"].items() if key != "thresholds"}
     with _refusals("diagnostics", monitoring):
@@ -197,18 +200,21 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
         task.batches(trainer.batch_size, trainer.seed)
     torch.set_num_threads(trainer.threads)
     torch.manual_seed(trainer.seed)
-    model = build(settings["model"], "model", task.inputs, task.outputs).to(device)
-    optimizer = build(settings["optimizer"], "optimizer", model.parameters())
-    return Parts(trainer, task, model, optimizer, clip, monitoring)
+    model = build(settings["model"], "model", task.inputs, task.outputs, trusted=trusted).to(device)
+    optimizer = build(settings["optimizer"], "optimizer", model.parameters(), trusted=trusted)
+    scaler = make_scaler(trainer.precision, device)
+    monitoring |= {"clip": clip, "accumulate": trainer.micro_batches, "scaler": scaler}
+    return Parts(trainer, task, model, optimizer, clip, scaler, monitoring)
 
 
-def build(section: Mapping[str, Any], key: str, *arguments: Any, **keywords: Any) -> Any:
+def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequence[str] = OURS, **keywords: Any) -> Any:
     """The object that a section of the configuration describes.
 
     Args:
-        section: ``_target_``, a class of this package or of torch, and its keywords.
+        section: ``_target_``, a class of a trusted package, and its keywords.
         key: Where the section stands, for messages.
         arguments: What the class needs besides.
+        trusted: The packages.
         keywords: The same, by name.
 
     Raises:
@@ -219,14 +225,14 @@ def build(section: Mapping[str, Any], key: str, *arguments: Any, **keywords: Any
         1.0
     """
     target = str(section.get("_target_"))
-    wrong = ConfigurationError(f"{key}._target_ must be a class of {' or '.join(OURS)}; got {target!r}.")
-    if target.split(".", maxsplit=1)[0] not in OURS:
+    wrong = ConfigurationError(f"{key}._target_ must be a class of {' or '.join(trusted)}; got {target!r}.")
+    if target.split(".", maxsplit=1)[0] not in trusted:
         raise wrong
     try:
         make = instantiate(dict(section), _partial_=True, _recursive_=False, _convert_="all")
     except HydraException as error:
         raise wrong from error
-    if not isinstance(make.func, type) or make.func.__module__.split(".")[0] not in OURS:
+    if not isinstance(make.func, type) or make.func.__module__.split(".")[0] not in trusted:
         raise wrong
     with _refusals(key, section):
         return make(*arguments, **keywords)
@@ -263,31 +269,12 @@ def _wandb_run(options: Mapping[str, Any], info: RunInfo, place: Job) -> Abstrac
     return open_run(
         project=options["project"],
         name=info.name,
-        group=options["group"] or place.group,
+        group=options["wandb_group"] or place.group,
         notes=options["notes"],
         config=info.config,
         directory=place.shared,
         mode=options["mode"],
     )
-
-
-def describe_job() -> Job:
-    """What Hydra knows about the job that runs now."""
-    config = HydraConfig.get()
-    overrides = tuple(config.overrides.task)
-    directory = Path(config.runtime.output_dir)
-    if config.mode != RunMode.MULTIRUN:
-        name = " ".join(overrides) or f"{config.runtime.choices['model']}-{config.runtime.choices['task']}"
-        return Job(name, overrides, directory, group=None, shared=directory)
-    sweep = Path(config.sweep.dir).absolute()
-    differing = [override for override in overrides if override not in _common_overrides(sweep)]
-    return Job(" ".join(differing or overrides), overrides, directory, group=sweep.name, shared=sweep)
-
-
-def _common_overrides(sweep: Path) -> list[str]:
-    """What was asked of all jobs: the sweep's own overrides, of which those with several values match no job's."""
-    written = sweep / "multirun.yaml"  # Hydra's sweepers write it before the first job
-    return list(OmegaConf.load(written).hydra.overrides.task) if written.exists() else []
 
 
 def _print_page(run_log: Path, page: Path) -> None:

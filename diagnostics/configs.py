@@ -1,6 +1,6 @@
-"""The schema of the configuration, and one sentence for each way to get it wrong.
+"""What Hydra is told: the types of all keys, and the group ``diagnostics`` for other people. How mistakes are said.
 
-The files under conf/ hold the values and say what they mean; here stand only their types, so that a wrong key, type or
+The files under conf/ hold the values and say what they mean, schemas.py their types, so that a wrong key, type or
 option is refused while Hydra composes, before anything runs.
 """
 
@@ -10,14 +10,14 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -26,210 +26,68 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from diagnostics.schemas import (
+    SCHEMAS,
+    ClipByNormConfig,
+    ConsoleSinkConfig,
+    MonitorConfig,
+    MonitorRunLogConfig,
+    MonitorWandbConfig,
+    NoClipConfig,
+    TrainConfig,
+)
+
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the folder inside the package, a checkout beside it.
 CONF = next((folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()), _PACKAGE / "conf")
 
 LONGEST_FOLDER_NAME = 120  # file systems allow 255 bytes, some sync tools half of that
 
-# OmegaConf 2.3 knows no Literal; names that are keywords of Python need the functional form.
-Activation = Enum("Activation", ["relu", "tanh", "sigmoid", "gelu", "identity"])
-Init = Enum("Init", ["default", "kaiming", "xavier", "orthogonal"])
-Norm = Enum("Norm", ["none", "layer", "batch"])
-Mistake = Enum("Mistake", ["none", "missing_zero_grad", "clip_after_step"])
-NonFinite = Enum("NonFinite", ["skip", "raise", "step"])
-Reaction = Enum("Reaction", ["warn", "raise", "record"])
-WandbMode = Enum("WandbMode", ["offline", "online", "disabled"])
-
 
 class ConfigurationError(ValueError):
     """The configuration asks for something that cannot be; the message is one sentence for the person who wrote it."""
 
 
-@dataclass
-class DigitsConfig:
-    """conf/task/digits.yaml."""
-
-    _target_: str = "diagnostics.trainers.tasks.Digits"
-
-
-@dataclass
-class SeedChainConfig:
-    """conf/task/seed_chain.yaml."""
-
-    _target_: str = "diagnostics.trainers.seed_chain.SeedChain"
-    story: bool = MISSING
-
-
-@dataclass
-class SigmoidChainConfig:
-    """conf/model/sigmoid_chain.yaml."""
-
-    _target_: str = "diagnostics.trainers.seed_chain.SigmoidChain"
-    depth: int = MISSING
-
-
-@dataclass
-class MLPConfig:
-    """conf/model/mlp.yaml."""
-
-    _target_: str = "diagnostics.trainers.models.MLP"
-    depth: int = MISSING
-    width: int = MISSING
-    activation: Activation = MISSING
-    init: Init = MISSING
-    norm: Norm = MISSING
-    residual: bool = MISSING
-
-
-@dataclass
-class SGDConfig:
-    """conf/optimizer/sgd.yaml."""
-
-    _target_: str = "torch.optim.SGD"
-    lr: float = MISSING
-    momentum: float = MISSING
-    nesterov: bool = MISSING
-    weight_decay: float = MISSING
-
-
-@dataclass
-class AdamConfig:
-    """conf/optimizer/adam.yaml."""
-
-    _target_: str = "torch.optim.Adam"
-    lr: float = MISSING
-    betas: tuple[float, float] = MISSING
-    eps: float = MISSING
-    weight_decay: float = MISSING
-
-
-@dataclass
-class AdamWConfig(AdamConfig):
-    """conf/optimizer/adamw.yaml."""
-
-    _target_: str = "torch.optim.AdamW"
-
-
-@dataclass
-class NoClipConfig:
-    """conf/clip/none.yaml."""
-
-
-@dataclass
-class ClipByNormConfig:
-    """conf/clip/norm.yaml."""
-
-    _target_: str = "diagnostics.ClipByNorm"
-    max_norm: float = MISSING
-    norm_type: float = MISSING
-
-
-@dataclass
-class ThresholdsConfig:
-    """The thresholds in conf/diagnostics/default.yaml."""
-
-    _target_: str = "diagnostics.Thresholds"
-    notice_decades: float = MISSING
-    warning_decades: float = MISSING
-    severe_decades: float = MISSING
-    confirm: int = MISSING
-    clear: int = MISSING
-
-
-@dataclass
-class DiagnosticsConfig:
-    """conf/diagnostics/default.yaml."""
-
-    every: int = MISSING
-    layers: str | None = None
-    nonfinite: NonFinite = MISSING
-    on_violation: Reaction = MISSING
-    on_diagnosis: Reaction = MISSING
-    thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
-
-
-@dataclass
-class ConsoleSinkConfig:
-    """conf/sink/console.yaml."""
-
-    _target_: str = "diagnostics.ConsoleSink"
-
-
-@dataclass
-class RunLogSinkConfig:
-    """conf/sink/runlog.yaml."""
-
-    _target_: str = "diagnostics.RunLogSink"
-    path: str = MISSING
-
-
-@dataclass
-class WandbSinkConfig:
-    """conf/sink/wandb.yaml."""
-
-    project: str = MISSING
-    mode: WandbMode = MISSING
-    group: str | None = None
-    notes: str | None = None
-    per_layer: bool = MISSING
-
-
-@dataclass
-class SinksConfig:
-    """The sinks that ``sink=[...]`` chose; None for the others."""
-
-    console: ConsoleSinkConfig | None = None
-    runlog: RunLogSinkConfig | None = None
-    wandb: WandbSinkConfig | None = None
-
-
-@dataclass
-class TrainerConfig:
-    """conf/trainer/default.yaml."""
-
-    _target_: str = "diagnostics.trainers.loop.TrainerSettings"
-    steps: int = MISSING
-    batch_size: int = MISSING
-    evaluate_every: int = MISSING
-    seed: int = MISSING
-    device: str = MISSING
-    threads: int = MISSING
-    mistake: Mistake = MISSING
-    objective: str = MISSING
-
-
-@dataclass
-class TrainConfig:
-    """conf/train.yaml. A group whose options have different keys is Any here and typed by the option's own schema."""
-
-    task: Any = MISSING
-    model: Any = MISSING
-    optimizer: Any = MISSING
-    clip: Any = MISSING
-    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
-    sink: SinksConfig = field(default_factory=SinksConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-
-
-SCHEMAS: Mapping[str, type] = {
-    "task_digits": DigitsConfig,
-    "task_seed_chain": SeedChainConfig,
-    "model_mlp": MLPConfig,
-    "model_sigmoid_chain": SigmoidChainConfig,
-    "optimizer_sgd": SGDConfig,
-    "optimizer_adam": AdamConfig,
-    "optimizer_adamw": AdamWConfig,
-    "clip_none": NoClipConfig,
-    "clip_norm": ClipByNormConfig,
-}
-
-
 def register() -> None:
-    """Makes the schemas and the resolver ``folder_name`` known to Hydra; may be called again.
+    """Makes the group ``diagnostics`` known to Hydra, for an app of your own; may be called again.
+
+    Call it before ``@hydra.main``. Then ``defaults: [diagnostics: default]`` gives a section ``diagnostics``, and
+    ``instantiate(config.diagnostics)(model, optimizer)`` a Monitor. On the command line: ``diagnostics/clip=norm``
+    (or ``none``), ``diagnostics.clip.max_norm=0.5``, ``diagnostics/sink=[console,runlog,wandb]``,
+    ``diagnostics.every=1``. No other group is touched.
 
     Example:
+        >>> from hydra import compose, initialize
         >>> register()
+        >>> with initialize(None, version_base="1.3"):
+        ...     config = compose(overrides=["+diagnostics=default", "diagnostics/clip=norm"])
+        >>> config.diagnostics.clip.max_norm
+        1.0
+    """
+    store = ConfigStore.instance()
+    default = _with_values(MonitorConfig, "diagnostics/default")
+    store.store(group="diagnostics", name="default", node=default)
+    store.store(group="diagnostics/clip", name="none", node=NoClipConfig)
+    store.store(group="diagnostics/clip", name="norm", node=_with_values(ClipByNormConfig, "clip/norm"))
+    for name, sink in (
+        ("console", OmegaConf.structured(ConsoleSinkConfig)),
+        ("runlog", _with_values(MonitorRunLogConfig, "sink/runlog")),
+        ("wandb", OmegaConf.structured(MonitorWandbConfig)),
+    ):
+        store.store(group="diagnostics/sink", name=name, node={name: sink})
+
+
+def _with_values(schema: type, file: str) -> Any:
+    """A schema with the values of a file under conf/, which are those of our own trainers."""
+    values = {str(key): value for key, value in OmegaConf.load(CONF / f"{file}.yaml").items() if key != "defaults"}
+    return OmegaConf.merge(OmegaConf.structured(schema), values)
+
+
+def register_trainers() -> None:
+    """Makes the schemas of conf/ and the resolver ``folder_name`` known to Hydra; may be called again.
+
+    Example:
+        >>> register_trainers()
         >>> OmegaConf.create({"folder": "${folder_name:3,'model=a/b,lr=0.1'}"}).folder
         '3_model=a_b_lr=0.1'
     """
@@ -263,9 +121,16 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigurationError(sentence(error)) from error
     assert isinstance(plain, dict)
-    for message in (*_forced_keys(config, ""), *_bad_numbers(plain, "")):
+    for message in (*_forced_keys(config, ""), *_bad_numbers(plain, ""), *_paths_outside(plain)):
         raise ConfigurationError(message)
     return {str(key): value for key, value in plain.items()}
+
+
+def _paths_outside(plain: Mapping[Any, Any]) -> Iterator[str]:
+    """The run log belongs to its run's folder: two runs must not meet in another one."""
+    log = (plain.get("sink") or {}).get("runlog")
+    if log and (Path(log["path"]).is_absolute() or ".." in Path(log["path"]).parts):
+        yield f"sink.runlog.path must stay inside the run's folder, which hydra.run.dir moves; got {log['path']!r}."
 
 
 def _forced_keys(config: DictConfig, prefix: str) -> Iterator[str]:

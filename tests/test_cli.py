@@ -291,9 +291,9 @@ def test_a_multirun_is_one_group_of_runs_with_their_own_names_and_configs(start)
 def test_a_job_that_fails_stops_no_other_and_leaks_nothing_into_the_next(start, capsys, monkeypatch):
     evaluate = loop.evaluate
 
-    def breaks_for_one_depth(model, task):
+    def breaks_for_one_depth(model, task, precision):
         assert len(model.hidden) != 3, "depth 3 breaks"
-        return evaluate(model, task)
+        return evaluate(model, task, precision)
 
     monkeypatch.setattr(loop, "evaluate", breaks_for_one_depth)
     said = start("-m", "model.depth=2,3,4", "optimizer.lr=0.1,-1", "optimizer=sgd", "trainer.steps=2")

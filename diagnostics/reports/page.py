@@ -10,14 +10,16 @@ from pathlib import Path
 
 from diagnostics.reports.drawing import figures_extra
 from diagnostics.reports.view import Page, describe
-from diagnostics.runlog import read_run
+from diagnostics.runlog import Run, read_run
+
+PAGE = "page.html"
 
 
-def write_page(run_log: str | Path, page: str | Path | None = None) -> Path:
+def write_page(run_log: str | Path | Run, page: str | Path | None = None) -> Path:
     """Writes the page of one run.
 
     Args:
-        run_log: The run log, or the folder that holds it; the run may have crashed or be going on.
+        run_log: The run log, its folder, or what was read from it; the run may have crashed or be going on.
         page: The file to write, replaced if it is there; ``page.html`` beside the run log if None.
 
     Returns:
@@ -38,8 +40,8 @@ def write_page(run_log: str | Path, page: str | Path | None = None) -> Path:
         ...     write_page(folder).name
         'page.html'
     """
-    run = read_run(run_log)
-    path = run.path.with_name("page.html") if page is None else Path(page)
+    run = run_log if isinstance(run_log, Run) else read_run(run_log)
+    path = run.path.with_name(PAGE) if page is None else Path(page)
     path.write_text(render(describe(run)), encoding="utf-8", errors="replace")
     return path
 

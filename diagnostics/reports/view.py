@@ -138,7 +138,7 @@ def describe(run: Run) -> Page:
         (Badge(word='unknown', tone='unknown'), Badge(word='no end', tone='unknown'))
     """
     info = run.info or RunInfo(name=run.path.parent.name or "run")
-    judgement = run.verdict or _verdict_so_far(run)
+    judgement = judge(run)
     optimizers = list(dict.fromkeys(record.optimizer for record in run.records)) or [""]
     return Page(
         name=info.name,
@@ -167,7 +167,16 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def _verdict_so_far(run: Run) -> Verdict:
+def judge(run: Run) -> Verdict:
+    """What the run said at its end; without an end, what it would have said after its last record.
+
+    Example:
+        >>> from pathlib import Path
+        >>> judge(Run(None, (), (), None, Path("mlp/run.jsonl"))).condition
+        'unknown'
+    """
+    if run.verdict:
+        return run.verdict
     state = State()
     for record in run.records:
         state, _ = advance(state, record, Thresholds())

@@ -49,7 +49,7 @@ class Fanout:
         for sink in tuple(self._sinks):
             try:
                 getattr(sink, method)(*arguments)
-            except Exception as error:  # noqa: BLE001 -- a full disk or a lost server must not end the training
+            except Exception as error:  # noqa: BLE001, PERF203 -- a full disk or a lost server must not end the training
                 self._sinks.remove(sink)
                 reason = f"{type(error).__name__}: {error}"
                 failures.append(f"{type(sink).__name__} failed and was switched off; training goes on ({reason}).")
@@ -59,7 +59,7 @@ class Fanout:
 def _automatic() -> list[Sink]:
     sinks: list[Sink] = [ConsoleSink()]
     if "wandb" in sys.modules:
-        from diagnostics.sinks.wandb import WandbSink, active_run
+        from diagnostics.sinks.wandb import WandbSink, active_run  # noqa: PLC0415 -- only where wandb is loaded
 
         if active_run() is not None:
             sinks.append(WandbSink())

@@ -88,6 +88,8 @@ class WandbSink:
             self._configure(_origin(event))
         elif isinstance(event, RunEnd):
             self._run.summary.update({f"diagnosis/{key}": value for key, value in event.summary.items()})
+            ending = {"ended": event.ended, "status": event.status, "error": event.error}
+            self._configure({key: value for key, value in ending.items() if value})
 
     def close(self) -> None:
         """Nothing to release: whoever opened the run finishes it."""
@@ -147,6 +149,7 @@ def active_run() -> wandb.Run | None:
 
 def _origin(info: RunInfo) -> dict[str, Any]:
     origin = {
+        "started": info.started,
         "command": hide_in_line(info.command),
         "overrides": hide_in_arguments(info.overrides),
         "seed": info.seed,

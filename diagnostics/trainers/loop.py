@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.clipping import ClipByNorm
 from diagnostics.monitor import Monitor
 from diagnostics.trainers.progress import Progress
-from diagnostics.trainers.tasks import Task
+from diagnostics.trainers.schedules import SCHEDULES, make_schedule
+from diagnostics.trainers.tasks import Batch, Task
 
+PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MISTAKES = ("none", "missing_zero_grad", "clip_after_step")
 # What a sweep may optimise, with the value that stands for a run that broke: the worst there is.
 OBJECTIVES: Mapping[str, float] = {"eval/loss": math.inf, "eval/accuracy": -math.inf}
+LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "micro_batches": 1,
+    "evaluate_every": 1,
+    "warmup_steps": 0,
+    "threads": 1,
+    "seed": 0,
+}
+OPTIONS: Mapping[str, Collection[str]] = {
+    "precision": PRECISIONS,
+    "schedule": SCHEDULES,
+    "mistake": MISTAKES,
+    "objective": OBJECTIVES,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,14 @@ class TrainerSettings:
     Attributes:
         steps: Optimizer steps.
         batch_size: Examples per step.
-        evaluate_every: Steps between evaluations on the held-out examples; the first is before step 0.
+        micro_batches: Backward passes per step; each takes an equal part of the step's examples.
+        evaluate_every: Steps between evaluations on the held-out examples; the first is before step 0, and the last
+            step has one whatever this says.
+        precision: ``fp32``; ``bf16`` or ``fp16`` under ``torch.autocast``, weights stay fp32. ``fp16`` needs a
+            GradScaler, see :func:`make_scaler`.
+        schedule: How the learning rate falls after the warm-up: ``constant`` (it does not), ``linear`` or ``cosine``.
+        warmup_steps: Steps over which it rises from 0 before that; a run that is shorter ends on the way.
+        compile: Whether the model runs under ``torch.compile``.
         seed: Decides the initial weights and the order of the batches.
         device: ``auto`` (a CUDA GPU where there is one, else the CPU) or what ``torch.device`` takes.
         threads: CPU threads that share one operation.
@@ -46,7 +70,12 @@ class TrainerSettings:
 
     steps: int = 600
     batch_size: int = 64
+    micro_batches: int = 1
     evaluate_every: int = 50
+    precision: str = "fp32"
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    compile: bool = False
     seed: int = 0
     device: str = "auto"
     threads: int = 1
@@ -54,12 +83,19 @@ class TrainerSettings:
     objective: str = "eval/loss"
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("evaluate_every", 1), ("threads", 1), ("seed", 0)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
-        for name, options in (("mistake", MISTAKES), ("objective", OBJECTIVES)):
+        for name, options in OPTIONS.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
+        self._refuse_pairs()
+
+    def _refuse_pairs(self) -> None:
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"micro_batches must divide batch_size, {self.batch_size}; got {self.micro_batches}.")
+        if self.precision == "fp16" and self.mistake == "clip_after_step":
+            raise ValueError("precision must be fp32 or bf16 with mistake=clip_after_step; got 'fp16'.")
 
 
 def choose_device(name: str) -> torch.device:
@@ -83,6 +119,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
+    """The GradScaler that a precision needs, for the Monitor and for :func:`train`; None where gradients fit.
+
+    Example:
+        >>> make_scaler("bf16", torch.device("cpu")) is None
+        True
+    """
+    return torch.amp.GradScaler(device.type) if precision == "fp16" else None
+
+
 def train(
     model: nn.Module,
     task: Task,
@@ -91,46 +137,82 @@ def train(
     settings: TrainerSettings,
     *,
     clip: ClipByNorm | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, float]:
     """Trains ``model`` on ``task`` for ``settings.steps`` steps.
+
+    A step that the Monitor skips, as fp16 does until the loss scale fits, does not advance the schedule.
 
     Args:
         model: Maps a batch's inputs to outputs; already on its device.
         task: Gives batches, the loss and the held-out examples.
         optimizer: Holds the model's parameters.
-        monitor: Watches them; it clips as it was told when it was made.
+        monitor: Watches them; it clips as it was told when it was made, with the same micro-batches and scaler.
         settings: Everything else.
         clip: The rule that ``mistake="clip_after_step"`` applies too late.
+        scaler: What :func:`make_scaler` gave.
 
     Returns:
         ``eval/loss`` and ``eval/accuracy`` of the final weights.
     """
     device = next(model.parameters()).device
     batches = task.batches(settings.batch_size, settings.seed)
+    schedule = make_schedule(optimizer, settings.schedule, steps=settings.steps, warmup_steps=settings.warmup_steps)
+    # Only now: hooks that the Monitor registers after the first compiled call would never fire.
+    forward = torch.compile(model) if settings.compile else model
     with Progress(settings.steps) as progress:
         for step in range(settings.steps):
-            metrics = evaluate(model, task) if step % settings.evaluate_every == 0 else {}
-            inputs, targets = (tensor.to(device) for tensor in next(batches))
+            evaluates = step % settings.evaluate_every == 0 or step == settings.steps - 1
+            metrics = evaluate(model, task, settings.precision) if evaluates else {}
             if settings.mistake != "missing_zero_grad":
                 optimizer.zero_grad()
-            loss = task.loss(model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = _backward(forward, task, next(batches), settings, device=device, scaler=scaler)
             if settings.mistake == "clip_after_step" and clip is not None:
                 optimizer.step()
                 monitor.clip_grad_norm_(model.parameters(), clip.max_norm, clip.norm_type)
+                schedule.step()
                 progress.advance(loss=None)
-            else:
-                progress.advance(monitor.clip_and_step(loss=loss, metrics=metrics).loss)
-    return evaluate(model, task)
+                continue
+            record = monitor.clip_and_step(loss=loss, metrics=metrics)
+            if not record.skipped:  # torch warns of a schedule that is ahead of its optimizer
+                schedule.step()
+            progress.advance(record.loss)
+    return evaluate(model, task, settings.precision)
 
 
-def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
+def _backward(
+    forward: Callable[[Tensor], Tensor],
+    task: Task,
+    batch: Batch,
+    settings: TrainerSettings,
+    *,
+    device: torch.device,
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor:
+    """Adds the gradients of the mean loss over the batch, a part of it at a time; that loss."""
+    losses = []
+    parts = (tensor.to(device).chunk(settings.micro_batches) for tensor in batch)
+    for inputs, targets in zip(*parts, strict=True):
+        with autocast(settings.precision, device):
+            loss = task.loss(forward(inputs), targets) / settings.micro_batches
+        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def evaluate(model: nn.Module, task: Task, precision: str = "fp32") -> dict[str, float]:
     """Mean loss and share of right answers on the held-out examples.
+
+    Args:
+        model: Put into evaluation mode meanwhile.
+        task: Holds the examples.
+        precision: As in :class:`TrainerSettings`.
 
     Example:
         >>> from diagnostics.trainers.models import MLP
         >>> from diagnostics.trainers.tasks import Digits
-        >>> sorted(evaluate(MLP(64, 10), Digits()))
+        >>> task = Digits()
+        >>> sorted(evaluate(MLP(task.inputs, task.outputs), task))
         ['eval/accuracy', 'eval/loss']
     """
     device = next(model.parameters()).device
@@ -140,12 +222,24 @@ def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
     with torch.no_grad():
         for batch in task.held_out():
             inputs, targets = (tensor.to(device) for tensor in batch)
-            outputs = model(inputs)
-            loss += task.loss(outputs, targets).item() * len(targets)
+            with autocast(precision, device):
+                outputs = model(inputs)
+                loss += task.loss(outputs, targets).item() * len(targets)
             correct += task.correct(outputs, targets).item()
             examples += len(targets)
     model.train(training)
     return {"eval/loss": loss / examples, "eval/accuracy": correct / examples}
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a forward pass in a precision.
+
+    Example:
+        >>> with autocast("bf16", torch.device("cpu")):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.bfloat16
+    """
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def objective(name: str, evaluation: Mapping[str, float], condition: str) -> float:

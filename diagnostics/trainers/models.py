@@ -1,4 +1,12 @@
-"""Models whose depth, activation, initialisation and normalisation are dials, so that gradients can misbehave."""
+"""Models whose depth, activation, initialisation and normalisation are dials, so that gradients can misbehave.
+
+Depth means the same in all of them. A layer is one call of a module that owns parameters, and the layers of a pass
+stand in the order of their calls. The key ``depth`` counts what a model repeats on purpose: hidden layers of an MLP,
+blocks of a CNN or GPT. A recurrent model repeats its cell once per step of the sequence, so the task sets its depth.
+
+A model's constructor takes what the task feeds and the number of outputs, refuses what it cannot work with in one
+sentence, and takes everything else by name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
+
+from diagnostics.trainers.tasks import Inputs
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -28,7 +38,7 @@ def _default(_weight: Tensor, _gain: float) -> None:
 
 
 def _kaiming(weight: Tensor, gain: float) -> None:
-    nn.init.normal_(weight, std=gain / weight.shape[1] ** 0.5)
+    nn.init.normal_(weight, std=gain / weight[0].numel() ** 0.5)
 
 
 def _xavier(weight: Tensor, _gain: float) -> None:
@@ -60,8 +70,8 @@ class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, activation: str, norm: str, residual: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs)
-        self.norm = _option(NORMS, norm, "norm")(outputs)
-        self.activation = _option(ACTIVATIONS, activation, "activation")()
+        self.norm = option(NORMS, norm, "norm")(outputs)
+        self.activation = option(ACTIVATIONS, activation, "activation")()
         self.residual = residual
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -74,9 +84,10 @@ class MLP(nn.Module):
     """A multilayer perceptron: ``depth`` hidden layers of one width, then a linear layer to the outputs.
 
     Args:
-        inputs: Features of one example; further dimensions are flattened.
+        inputs: Features of one example, or what a task feeds: vectors, or images, which are flattened.
         outputs: Numbers to predict.
-        depth: Hidden layers, at least 1. The network has ``depth + 1`` Linear layers.
+        depth: Hidden layers, at least 1. Layers of a pass: ``depth + 1`` Linear, and as many normalisations as hidden
+            layers where there are any.
         width: Units of each hidden layer, at least 1.
         activation: ``relu``, ``tanh``, ``sigmoid``, ``gelu`` or ``identity``.
         init: Weights of all Linear layers. ``default`` leaves PyTorch's; ``kaiming`` is normal with standard deviation
@@ -88,7 +99,7 @@ class MLP(nn.Module):
         residual: Whether each hidden layer but the first, which changes the width, adds its input to its result.
 
     Raises:
-        ValueError: An option that does not exist, or a size below 1.
+        ValueError: An option that does not exist, a size below 1, or a task that feeds something else.
 
     Example:
         >>> import torch
@@ -101,7 +112,7 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        inputs: int,
+        inputs: int | Inputs,
         outputs: int,
         *,
         depth: int = 4,
@@ -112,17 +123,16 @@ class MLP(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        for name, size in (("depth", depth), ("width", width)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1; got {size}.")
+        features = inputs if isinstance(inputs, int) else inputs.required("mlp", "vectors", "images").features
+        at_least_one(depth=depth, width=width)
         self.hidden = nn.Sequential(
             *(
-                Block(width if i else inputs, width, activation=activation, norm=norm, residual=residual and i > 0)
+                Block(width if i else features, width, activation=activation, norm=norm, residual=residual and i > 0)
                 for i in range(depth)
             )
         )
         self.head = nn.Linear(width, outputs)
-        _initialise(self, init, activation)
+        initialise(self, self.head, init, activation)
 
     def forward(self, examples: Tensor) -> Tensor:
         """Maps ``(batch, ...)`` with ``inputs`` numbers per example to ``(batch, outputs)``."""
@@ -130,16 +140,44 @@ class MLP(nn.Module):
         return result
 
 
-def _initialise(model: MLP, init: str, activation: str) -> None:
-    initialise = _option(INITS, init, "init")
+def at_least_one(**sizes: int) -> None:
+    """Refuses a size below 1.
+
+    Example:
+        >>> at_least_one(depth=3, width=0)
+        Traceback (most recent call last):
+        ValueError: width must be at least 1; got 0.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}.")
+
+
+def initialise(model: nn.Module, head: nn.Linear, init: str, activation: str) -> None:
+    """Draws the weights of all Linear and Conv2d layers; ``init`` as :class:`MLP` documents it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> initialise(model, model[-1], init="kaiming", activation="relu")
+        >>> model[0].bias.any().item()
+        False
+    """
+    draw = option(INITS, init, "init")
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            initialise(module.weight, 1.0 if module is model.head else GAINS[activation])
-            if init != "default":
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            draw(module.weight, 1.0 if module is head else GAINS[activation])
+            if init != "default" and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
-def _option(options: Mapping[str, Option], choice: str, name: str) -> Option:
+def option(options: Mapping[str, Option], choice: str, name: str) -> Option:
+    """What a choice stands for.
+
+    Example:
+        >>> option({"relu": nn.ReLU}, "tanh", "activation")
+        Traceback (most recent call last):
+        ValueError: activation must be one of relu; got 'tanh'.
+    """
     if choice not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}; got {choice!r}.")
     return options[choice]

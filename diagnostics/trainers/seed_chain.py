@@ -22,7 +22,7 @@ from diagnostics.clipping import ClipByNorm, clip_gradients
 from diagnostics.diagnosis import Thresholds
 from diagnostics.monitor import Monitor
 from diagnostics.records import ClipRecord, Diagnosis, Violation
-from diagnostics.trainers.tasks import Batch
+from diagnostics.trainers.tasks import Batch, Inputs
 
 Write: TypeAlias = Callable[[str], object]
 
@@ -68,7 +68,7 @@ class SigmoidChain(nn.Sequential):
     """Layers of one unit each, ``Linear(1, 1, bias=False)`` and Sigmoid, all weights equal.
 
     Args:
-        inputs: Features of one example; the article has one.
+        inputs: Features of one example, or what a task feeds, which must be vectors; the article has one.
         outputs: Numbers to predict; the article has one.
         depth: Layers, at least 1.
 
@@ -80,10 +80,11 @@ class SigmoidChain(nn.Sequential):
         torch.Size([1])
     """
 
-    def __init__(self, inputs: int = 1, outputs: int = 1, *, depth: int = 4) -> None:
+    def __init__(self, inputs: int | Inputs = 1, outputs: int = 1, *, depth: int = 4) -> None:
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be a whole number of at least 1; got {depth!r}.")
-        sizes = [inputs, *[1] * (depth - 1), outputs]
+        features = inputs if isinstance(inputs, int) else inputs.required("sigmoid_chain", "vectors").features
+        sizes = [features, *[1] * (depth - 1), outputs]
         linears = [nn.Linear(before, after, bias=False) for before, after in pairwise(sizes)]
         super().__init__(*(module for linear in linears for module in (linear, nn.Sigmoid())))
         for linear in linears:
@@ -103,7 +104,7 @@ class SeedChain:
     """
 
     name = "seed_chain"
-    inputs = 1
+    inputs = Inputs("vectors", (1,))
     outputs = 1
 
     def __init__(self, *, story: bool = True) -> None:

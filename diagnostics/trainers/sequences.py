@@ -1,8 +1,8 @@
 """The long-lag tasks of Hochreiter and Schmidhuber 1997, "Long Short-Term Memory", Neural Computation 9(8).
 
 Examples are generated, training ones without end. What matters stands early in a sequence and is asked for at its end;
-the key ``lag`` is the number of steps that lie at least between. All sequences of a task have the same length, so that
-they form batches; the paper's vary by a tenth.
+the key ``lag`` is the least number of steps from the one to the other. All sequences of a task have the same length, so
+that they form batches; the paper's vary by a tenth.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class _Generated:
 class TemporalOrder(_Generated, Classification):
     """In which order two symbols came (experiment 6a): X or Y early, X or Y later, then distractors to the end.
 
-    A sequence begins with E and ends with B. In between it has letters drawn from a, b, c, d, but for an X or Y at a
-    step between lag/4 and lag/2 and another one between 5/4 and 3/2 of the lag. The classes are XX, XY, YX and YY.
+    A sequence begins with E and ends with B. In between it has letters drawn from a, b, c, d, but for an X or Y
+    between lag/4 and lag/2 and another one between 5/4 and 3/2 of the lag. The classes are XX, XY, YX and YY.
     Symbols are one-hot vectors in the order a, b, c, d, X, Y, E, B. A lag of 40 gives the paper's 100 steps.
 
     Args:
-        lag: Steps between the second X or Y and the end, at least 4; a sequence has 5/2 of it.
+        lag: Steps from the second X or Y to the end, at least 4; a sequence has 5/2 of it.
 
     Raises:
         ValueError: The lag is below 4.
@@ -81,8 +81,8 @@ class TemporalOrder(_Generated, Classification):
         symbols = torch.randint(0, 4, (count, steps), generator=generator)
         symbols[:, 0], symbols[:, -1] = 6, 7
         order = torch.randint(0, 2, (count, 2), generator=generator)
-        first = torch.randint(lag // 4, lag // 2 + 1, (count,), generator=generator)
-        second = torch.randint(5 * lag // 4, 3 * lag // 2 + 1, (count,), generator=generator)
+        first = torch.randint(lag // 4, lag // 2, (count,), generator=generator)
+        second = torch.randint(5 * lag // 4, 3 * lag // 2, (count,), generator=generator)
         rows = torch.arange(count)
         symbols[rows, first], symbols[rows, second] = 4 + order[:, 0], 4 + order[:, 1]
         return functional.one_hot(symbols, 8).float(), 2 * order[:, 0] + order[:, 1]
@@ -97,10 +97,10 @@ class Adding(_Generated):
     the paper's 100 steps.
 
     Args:
-        lag: Steps between the marked ones and the end, at least 2; a sequence has twice as many.
+        lag: Steps from a marked one to the end, at least 3; a sequence has twice as many.
 
     Raises:
-        ValueError: The lag is below 2.
+        ValueError: The lag is below 3.
 
     Example:
         >>> task = Adding(lag=8)

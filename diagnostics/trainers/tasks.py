@@ -62,8 +62,8 @@ class Inputs:
             ValueError: It does not; one sentence says what it takes and what the task feeds.
         """
         if self.kind not in kinds:
-            takes = f"{model} takes {' or '.join(kinds)}"
-            raise ValueError(f"{takes}, and the task feeds {self}; choose another model or another task.")
+            taken = " or ".join([*filter(None, [", ".join(kinds[:-1])]), kinds[-1]])
+            raise ValueError(f"{model} takes {taken}, and the task feeds {self}; choose another model or another task.")
         return self
 
 
@@ -136,7 +136,7 @@ class Digits(Classification):
         images, labels = _load_digits()
         held_out = torch.arange(len(labels)) % HOLD_OUT_EVERY == 0
         training = images[~held_out]
-        scaled = ((images - training.mean()) / training.std()).unflatten(1, self.inputs.shape)
+        scaled = ((images - training.mean()) / training.std()).reshape(-1, *self.inputs.shape)
         self._training = scaled[~held_out], labels[~held_out]
         self._held_out = scaled[held_out], labels[held_out]
 

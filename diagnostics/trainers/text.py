@@ -62,12 +62,14 @@ class PySource(Classification):
             raise ValueError(f"batch_size must be at least 1 for {self.name}; got {batch_size}.")
         generator = torch.Generator().manual_seed(seed)
         ends = len(self._training) - self.inputs.features
-        return iter(lambda: self._windows(self._training, torch.randint(0, ends, (batch_size,), generator=generator)), 0)
+        return iter(
+            lambda: self._windows(self._training, torch.randint(0, ends, (batch_size,), generator=generator)), None
+        )
 
     def held_out(self) -> Iterator[Batch]:
         """256 windows evenly spaced over the held-out text, 64 at a time."""
         last = len(self._held_out_text) - self.inputs.features - 1
-        for starts in torch.linspace(0, last, HELD_OUT_WINDOWS, dtype=torch.float64).long().split(64):
+        for starts in torch.split(torch.linspace(0, last, HELD_OUT_WINDOWS, dtype=torch.float64).long(), 64):
             yield self._windows(self._held_out_text, starts)
 
     def _windows(self, text: torch.Tensor, starts: torch.Tensor) -> Batch:
@@ -79,8 +81,9 @@ def split_modules(modules: list[Path]) -> tuple[list[Path], list[Path]]:
     """The modules to train on and those that are held out, each in the order of the checksums of their names.
 
     Example:
-        >>> split_modules([Path("ast.py"), Path("glob.py"), Path("heapq.py")])
-        ([PosixPath('ast.py'), PosixPath('heapq.py')], [PosixPath('glob.py')])
+        >>> training, held_out = split_modules([Path("glob.py"), Path("heapq.py"), Path("ast.py")])
+        >>> [path.stem for path in training], [path.stem for path in held_out]
+        (['heapq', 'ast'], ['glob'])
     """
     ordered = sorted(modules, key=_checksum)
     held_out = [path for path in ordered if _checksum(path) % HOLD_OUT_ONE_IN == 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,9 @@ HELD_OUT_BATCH = 1000  # images evaluated together: bounds the memory
 
 
 class _Vision(Classification):
-    """A data set of torchvision. Its own test images are held out.
+    """A data set of torchvision. Its own test images are held out, and it keeps images as bytes, channels last or none.
 
     Pixels are centred and scaled by the mean and the standard deviation over the training pixels of their channel.
-
-    Args:
-        folder: Where the files are kept; ``~`` stands for the home folder.
-        download: Whether to fetch what is not there.
-
-    Raises:
-        ModuleNotFoundError: torchvision is not installed.
-        ConnectionError: The files are not there and cannot be fetched.
     """
 
     name: str
@@ -56,7 +49,7 @@ class _Vision(Classification):
     def held_out(self) -> Iterator[Batch]:
         """The test images, 1,000 at a time."""
         images, labels = self._held_out
-        for some, theirs in zip(images.split(HELD_OUT_BATCH), labels.split(HELD_OUT_BATCH), strict=True):
+        for some, theirs in zip(torch.split(images, HELD_OUT_BATCH), torch.split(labels, HELD_OUT_BATCH), strict=True):
             yield self._scaled(some), theirs
 
     def _scaled(self, images: Tensor) -> Tensor:
@@ -71,29 +64,31 @@ class _Vision(Classification):
         except (OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             tried = "could not be downloaded" if download else "was not to be downloaded"
-            message = f"{self.dataset} is not in {place} and {tried} ({reason}); put its files there or use task=digits."
+            message = (
+                f"{self.dataset} is not in {place} and {tried} ({reason}); put its files there or use task=digits."
+            )
             raise ConnectionError(message) from error
-        images = torch.as_tensor(data.data).reshape(-1, *self._stored_shape())
-        return self._channels_first(images).contiguous(), torch.as_tensor(data.targets).long()
-
-    def _stored_shape(self) -> tuple[int, ...]:
         channels, height, width = self.inputs.shape
-        return (height, width, channels)
-
-    @staticmethod
-    def _channels_first(images: Tensor) -> Tensor:
-        return images.permute(0, 3, 1, 2)
+        images = torch.as_tensor(data.data).reshape(-1, height, width, channels)
+        return images.permute(0, 3, 1, 2).contiguous(), torch.as_tensor(data.targets).long()
 
 
 class MNIST(_Vision):
     """70,000 grey images of handwritten digits, 28x28, of which 10,000 are held out.
+
+    Args:
+        folder: Where the files are kept; ``~`` stands for the home folder.
+        download: Whether to fetch what is not there.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+        ConnectionError: The files are not there and cannot be fetched.
 
     Example:
         >>> print(MNIST.inputs)
         images of 1x28x28
     """
 
-    __doc__ = f"{__doc__}\n{_Vision.__doc__}"
     name = "mnist"
     inputs = Inputs("images", (1, 28, 28))
     dataset = "MNIST"
@@ -101,6 +96,14 @@ class MNIST(_Vision):
 
 class CIFAR10(_Vision):
     """60,000 colour images in ten classes, 32x32, of which 10,000 are held out.
+
+    Args:
+        folder: Where the files are kept; ``~`` stands for the home folder.
+        download: Whether to fetch what is not there.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+        ConnectionError: The files are not there and cannot be fetched.
 
     Example:
         >>> print(CIFAR10.inputs)
@@ -114,9 +117,8 @@ class CIFAR10(_Vision):
 
 def _datasets(name: str) -> Any:
     try:
-        from torchvision import datasets  # noqa: PLC0415 - only these tasks need it
+        return import_module("torchvision.datasets")
     except ModuleNotFoundError as error:
         missing = f"{name} comes with torchvision, which is not installed"
         message = f'{missing}; pip install "training-diagnostics[vision]".'
         raise ModuleNotFoundError(message, name=error.name) from error
-    return datasets

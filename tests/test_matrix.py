@@ -1,0 +1,176 @@
+"""Every task with every model, optimizer, clipping and precision: what fits trains, what does not is refused."""
+
+import itertools
+import math
+import sys
+import types
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from diagnostics import MemorySink, Monitor
+from diagnostics.cli import assemble, build
+from diagnostics.configs import CONF, ConfigurationError, resolve
+from diagnostics.trainers.loop import PRECISIONS, TrainerSettings, make_scaler, train
+
+# The conf files with sizes that a test can afford.
+TASKS = {
+    "digits": [],
+    "mnist": [],
+    "cifar10": [],
+    "pysource": ["task.context=6"],
+    "temporal_order": ["task.lag=4"],
+    "adding": ["task.lag=3"],
+    "seed_chain": ["task.story=false"],
+}
+MODELS = {
+    "mlp": ["model.depth=2", "model.width=8"],
+    "cnn": ["model.depth=3", "model.width=4"],
+    "rnn": ["model.width=4"],
+    "gru": ["model.width=4"],
+    "lstm": ["model.width=4"],
+    "gpt": ["model.depth=1", "model.width=8"],
+    "sigmoid_chain": ["model.depth=2"],
+}
+# The other values of keys that change which modules run.
+VARIANTS = {
+    ("digits", "mlp"): ["model.norm=batch", "model.residual=true"],
+    ("digits", "cnn"): ["model.norm=batch", "model.residual=true"],
+    ("cifar10", "cnn"): ["model.norm=group", "model.residual=true"],
+    ("pysource", "gpt"): ["model.norm_position=post", "model.tied=false", "model.dropout=0.1"],
+    ("temporal_order", "rnn"): ["model.fused=true", "model.activation=relu"],
+    ("adding", "gru"): ["model.fused=true", "model.recurrent_init=orthogonal"],
+    ("pysource", "lstm"): ["model.fused=true", "model.forget_bias=null"],
+}
+OPTIMIZERS = [path.stem for path in sorted((CONF / "optimizer").glob("*.yaml"))]
+CLIPS = [path.stem for path in sorted((CONF / "clip").glob("*.yaml"))]
+
+ADVICE = "; choose another model or another task."
+NO_IMAGES = "mlp takes vectors or images, and the task feeds "
+NOT_AN_IMAGE = "cnn takes images, and the task feeds "
+NO_TOKENS = "gpt takes tokens, and the task feeds "
+NO_VECTORS = "sigmoid_chain takes vectors, and the task feeds "
+REFUSED = {
+    ("digits", "gpt"): NO_TOKENS + "images of 1x8x8",
+    ("digits", "sigmoid_chain"): NO_VECTORS + "images of 1x8x8",
+    ("mnist", "gpt"): NO_TOKENS + "images of 1x28x28",
+    ("mnist", "sigmoid_chain"): NO_VECTORS + "images of 1x28x28",
+    ("cifar10", "gpt"): NO_TOKENS + "images of 3x32x32",
+    ("cifar10", "sigmoid_chain"): NO_VECTORS + "images of 3x32x32",
+    ("pysource", "mlp"): NO_IMAGES + "tokens of 6",
+    ("pysource", "cnn"): NOT_AN_IMAGE + "tokens of 6",
+    ("pysource", "sigmoid_chain"): NO_VECTORS + "tokens of 6",
+    ("temporal_order", "mlp"): NO_IMAGES + "sequences of 10x8",
+    ("temporal_order", "cnn"): NOT_AN_IMAGE + "sequences of 10x8",
+    ("temporal_order", "gpt"): NO_TOKENS + "sequences of 10x8",
+    ("temporal_order", "sigmoid_chain"): NO_VECTORS + "sequences of 10x8",
+    ("adding", "mlp"): NO_IMAGES + "sequences of 6x2",
+    ("adding", "cnn"): NOT_AN_IMAGE + "sequences of 6x2",
+    ("adding", "gpt"): NO_TOKENS + "sequences of 6x2",
+    ("adding", "sigmoid_chain"): NO_VECTORS + "sequences of 6x2",
+    ("seed_chain", "cnn"): NOT_AN_IMAGE + "vectors of 1",
+    ("seed_chain", "rnn"): "rnn takes sequences, images or tokens, and the task feeds vectors of 1",
+    ("seed_chain", "gru"): "gru takes sequences, images or tokens, and the task feeds vectors of 1",
+    ("seed_chain", "lstm"): "lstm takes sequences, images or tokens, and the task feeds vectors of 1",
+    ("seed_chain", "gpt"): NO_TOKENS + "vectors of 1",
+}
+PAIRS = [pair for pair in itertools.product(TASKS, MODELS) if pair not in REFUSED]
+RUNS = [
+    (*pair, keys, precision)
+    for pair, keys in [*((pair, ()) for pair in PAIRS), *VARIANTS.items()]
+    for precision in PRECISIONS
+    # PyTorch's CPU kernels have no fused LSTM in fp16: "could not create a primitive descriptor".
+    if not (pair[1] == "lstm" and "model.fused=true" in keys and precision == "fp16")
+]
+
+
+class Pictures:
+    """Stands in for torchvision's data sets, in small."""
+
+    shape = (28, 28)
+
+    def __init__(self, root, train, download):
+        count = 40 if train else 10
+        self.data = torch.randint(0, 256, (count, *self.shape), dtype=torch.uint8)
+        self.targets = torch.arange(count) % 10
+
+
+class ColourPictures(Pictures):
+    shape = (32, 32, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torchvision():
+    module = types.ModuleType("torchvision.datasets")
+    module.MNIST, module.CIFAR10 = Pictures, ColourPictures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+        patch.setitem(sys.modules, "torchvision.datasets", module)
+        yield
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """Resolved configurations, each composed once."""
+    known = {}
+
+    def get(*overrides):
+        if overrides not in known:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                config = compose("train", overrides=[*overrides, "trainer.device=cpu", "trainer.batch_size=4"])
+            known[overrides] = resolve(config)
+        return known[overrides]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def tasks(composed):
+    return {name: build(composed(f"task={name}", *keys)["task"], "task") for name, keys in TASKS.items()}
+
+
+def test_the_matrix_has_every_task_and_every_model_of_the_configuration():
+    assert set(TASKS) == {path.stem for path in (CONF / "task").glob("*.yaml")}
+    assert set(MODELS) == {path.stem for path in (CONF / "model").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids="-".join)
+def test_a_pair_that_makes_no_sense_is_refused_in_one_sentence_before_training(composed, pair):
+    task, model = pair
+    settings = composed(f"task={task}", *TASKS[task], f"model={model}", *MODELS[model])
+    with pytest.raises(ConfigurationError) as refusal:
+        assemble(settings)
+    assert str(refusal.value) == f"model: {REFUSED[pair]}{ADVICE}"
+
+
+def name_of(run):
+    task, model, variant, precision = run
+    return " ".join([task, model, *variant, precision])
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("task", "model", "variant", "precision"), RUNS, ids=map(name_of, RUNS))
+def test_what_makes_sense_trains_lawfully(composed, tasks, task, model, variant, optimizer, clip, precision):
+    settings = composed(f"task={task}", *TASKS[task], f"model={model}", *MODELS[model], *variant)
+    choices = composed(f"optimizer={optimizer}", f"clip={clip}")
+    trainer = TrainerSettings(steps=2, batch_size=4, precision=precision)
+    net = build(settings["model"], "model", tasks[task].inputs, tasks[task].outputs)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    stepping = build(choices["optimizer"], "optimizer", net.parameters())
+    rule = build(choices["clip"], "clip") if choices["clip"] else None
+    scaler, sink = make_scaler(precision, torch.device("cpu")), MemorySink()
+    with Monitor(
+        net, stepping, clip=rule, scaler=scaler, sinks=[sink], on_violation="record", on_diagnosis="record"
+    ) as monitor:
+        evaluation = train(net, tasks[task], stepping, monitor, trainer, clip=rule, scaler=scaler)
+    assert all(math.isfinite(value) for value in evaluation.values())
+    assert list(monitor.violations) == []
+    first, last = sink.records
+    assert first.recorded
+    assert first.clip.rule == ("none" if rule is None else "norm")
+    assert all(layer.output is not None for layer in first.layers)
+    if not last.skipped:
+        assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+        assert math.isfinite(last.clip.total_norm)
