@@ -127,7 +127,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def _paths_outside(plain: Mapping[Any, Any]) -> Iterator[str]:
-    """The run log belongs to its run's folder: two runs must not meet in another one."""
+    """A run log belongs into its run's folder: two runs must not meet in another one."""
     log = (plain.get("sink") or {}).get("runlog")
     if log and (Path(log["path"]).is_absolute() or ".." in Path(log["path"]).parts):
         yield f"sink.runlog.path must stay inside the run's folder, which hydra.run.dir moves; got {log['path']!r}."

@@ -177,6 +177,7 @@ def test_the_config_of_the_user_is_never_overwritten(tmp_path: Path) -> None:
         "versions": {"torch": "2.13"},
         "git": {"commit": "1a2b", "dirty": False},
         "layers": ["layers.0", "layers.1", "layers.2"],
+        "status": "finished",
     }
     taken = in_a_run_of_theirs(tmp_path / "b", with_commit, config={"run_info": "mine"})
     assert taken.config["run_info"] == "mine"
