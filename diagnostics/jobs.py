@@ -23,7 +23,7 @@ from diagnostics.sinks.runlog import RunLogSink
 from diagnostics.trainers.provenance import describe_run, git_state
 
 if TYPE_CHECKING:
-    from diagnostics.clipping import ClipByNorm
+    from diagnostics.clip_rules import ClipRule
     from diagnostics.monitor import Monitor
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def _common_overrides(sweep: Path) -> list[str]:
 
 
 def make_monitor(
-    model: Any, optimizers: Any, *, clip: ClipByNorm | None, sink: Mapping[str, Sink | None], **options: Any
+    model: Any, optimizers: Any, *, clip: ClipRule | None, sink: Mapping[str, Sink | None], **options: Any
 ) -> Monitor:
     """What the section ``diagnostics`` of somebody else's Hydra app makes: a Monitor that knows which run it is in.
 
