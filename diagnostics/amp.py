@@ -20,6 +20,20 @@ def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
     return scale
 
 
+def inside_step(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[Tensor | None, Tensor | None]:
+    """What a GradScaler hands to a fused step that is running: the scale still to be divided by, and the overflow.
+
+    None where there is nothing: such a step is the only one that starts although gradients are scaled or not finite.
+    """
+    found = [[getattr(one, name, None) for name in ("grad_scale", "found_inf")] for one in optimizers]
+    scale, overflow = zip(*found, strict=True)
+    return (_first(scale), _first(overflow))
+
+
+def _first(values: Iterable[Tensor | None]) -> Tensor | None:
+    return next((value for value in values if value is not None), None)
+
+
 def _unscale_once(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
     try:
         scaler.unscale_(optimizer)

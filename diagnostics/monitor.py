@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diagnostics import amp, contract, diagnosis, statistics
+from diagnostics import amp, diagnosis, statistics
 from diagnostics.clipping import ClipByNorm, NormReading, clip, read_norms, tensors_of
+from diagnostics.contract import Contract
 from diagnostics.diagnosis import Thresholds
+from diagnostics.facts import Facts
 from diagnostics.hooks import BackwardPass, Watcher
 from diagnostics.ledger import Ledger, LedgerView, ending, is_alarm
-from diagnostics.observation import Catalogue, Observation
+from diagnostics.observation import Catalogue, Observation, Seen, see
 from diagnostics.options import Options, models_of, one_number, optimizers_of
 from diagnostics.records import (
     ClipRecord,
@@ -33,15 +35,6 @@ from diagnostics.schedule import Schedule, Units
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
 from diagnostics.unit import Unit
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A step before its record: what was measured, and what clipping did and had done before that."""
-
-    observation: Observation
-    clip: ClipRecord
-    clip_factor: float = 1.0
 
 
 class Monitor(LedgerView):
@@ -108,20 +101,21 @@ class Monitor(LedgerView):
         self._reader = statistics.Reader()
         self._schedule = Schedule(every)
         self._own_clip: ClipRecord | None = None
-        self._own_step: _Seen | None = None
+        self._own_step: Seen | None = None
         self._zeros: AbstractSet[int] = frozenset()
         self._inside = False
         self._closed = False
         self._told_failure = False
         self._ledger = Ledger(
             run or RunInfo(name=type(next(iter(models.values()))).__name__),
-            contract.Contract(self._catalogue.names),
+            Contract(self._catalogue.names, accumulate),
             fanout,
             self._options,
             thresholds or Thresholds(),
         )
         self._watcher = Watcher(models, self._catalogue.owners, self._catalogue.tensors(), outputs=every > 0)
         self._watcher.recording = self._schedule.due(0)
+        self._facts = Facts(models, self._catalogue, self._watcher, self._reader, self._units.all)
         for optimizer in stepping:
             self._watcher.watch_steps(optimizer, self._own_step_begins, self._own_step_ends)
 
@@ -169,7 +163,9 @@ class Monitor(LedgerView):
             seen, skipped = self._step_with_closure(unit, closure), False
         if optimizer is None and self._scaler is not None:
             self._scaler.update()
-        record = self._conclude(unit, seen, skipped=skipped, numbers=numbers, metrics=list(metrics or ()))
+        record = self._conclude(
+            unit, seen, skipped=skipped, closure=closure is not None, numbers=numbers, metrics=list(metrics or ())
+        )
         if skipped and self._options.nonfinite == "raise" and self._scaler is None:
             raise NonFiniteGradientError(
                 f"Step {record.step} was not taken, since its gradients are not finite (total norm "
@@ -178,11 +174,11 @@ class Monitor(LedgerView):
         self._say(record)
         return record
 
-    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> _Seen:
+    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> Seen:
         observation = self._observe(unit, recorded=recorded)
-        return _Seen(observation, clip(observation.clipping, observation.norms))
+        return Seen(observation, clip(observation.clipping, observation.norms))
 
-    def _step(self, unit: Unit, seen: _Seen) -> bool:
+    def _step(self, unit: Unit, seen: Seen) -> bool:
         """Steps unless gradients are not finite and the policy says no; returns whether the step was skipped."""
         finite = math.isfinite(seen.clip.total_norm)
         if not finite and (self._scaler is not None or self._options.nonfinite != "step"):
@@ -195,10 +191,10 @@ class Monitor(LedgerView):
                     self._scaler.step(optimizer)
         return False
 
-    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> _Seen:
+    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> Seen:
         if self._scaler is not None:
             raise ValueError("closure must be None with a GradScaler, which torch does not support; got a closure.")
-        first: list[_Seen] = []
+        first: list[Seen] = []
 
         def clipped() -> Any:
             with torch.enable_grad():
@@ -227,33 +223,35 @@ class Monitor(LedgerView):
             The total norm before clipping, 0-dim.
         """
         self._refuse_if_closed("clip_grad_norm_")
-        owners, gradients = statistics.gradients_of(tensors_of(parameters))
+        given = tensors_of(parameters)
+        owners, gradients = statistics.gradients_of(given)
         self._watcher.adopt(self._catalogue.adopt(owners))
         reading = NormReading(gradients, ClipByNorm(max_norm, norm_type))
         norms = read_norms(reading)
         self._own_clip = clip(reading, norms)
-        indices = [self._catalogue.index(owner) for owner in owners]
-        self._watcher.timeline.append(contract.Clip(dict(zip(indices, norms.parameters, strict=True))))
+        self._watcher.timeline.append(self._facts.clip(given, owners, norms, self._own_clip))
         return reading.total_of(norms)
 
-    def _own_step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+    def _own_step_begins(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+        if not (self._inside or self._closed or closure):  # a closure makes its gradients inside the step
+            with self._harmless():
+                self._own_step = self._see_own_step(self._units.of(optimizer))
+
+    def _own_step_ends(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
         if self._inside or self._closed:
             return
         with self._harmless():
-            observation = self._observe(self._units.of(optimizer))
-            seen = clip(observation.clipping, observation.norms, write=False)
-            own, self._own_clip = self._own_clip, None
-            if own is None or not own.applied:
-                self._own_step = _Seen(observation, seen)
-            else:
-                merged = replace(own, total_norm_after=seen.total_norm, shares=seen.shares)
-                self._own_step = _Seen(observation, merged, own.total_norm_after / own.total_norm)
+            unit = self._units.of(optimizer)
+            seen, self._own_step = self._own_step, None
+            if seen is None and closure:
+                seen = self._see_own_step(unit, late=True)
+            if seen is not None:
+                self._say(self._conclude(unit, seen, skipped=seen.observation.skipped, closure=closure))
 
-    def _own_step_ends(self, optimizer: torch.optim.Optimizer) -> None:
-        seen, self._own_step = self._own_step, None
-        if seen is not None:
-            with self._harmless():
-                self._say(self._conclude(self._units.of(optimizer), seen, skipped=False))
+    def _see_own_step(self, unit: Unit, *, late: bool = False) -> Seen:
+        observation = self._observe(unit)
+        own, self._own_clip = self._own_clip, None
+        return see(observation, own, late=late)
 
     # what a step is made of
 
@@ -262,7 +260,7 @@ class Monitor(LedgerView):
         events = self._watcher.drain()
         self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
         passes = [event for event in events if isinstance(event, BackwardPass)]
-        leftovers = [self._reader.ask(one.leftover) for one in passes]
+        facts = self._facts.ask(events)
         self._units.collect(passes)
         if passes and events[-1] is passes[-1]:
             self._own_clip = None  # more came in after it, so it does not tell what the step spends
@@ -278,27 +276,24 @@ class Monitor(LedgerView):
         )
         observation.settle()
         self._zeros = observation.zeros
-        readings = iter(leftovers)
-        for event in events:
-            if isinstance(event, BackwardPass):
-                leftover = dict(zip(event.held, next(readings).values, strict=True))
-                self._ledger.note(contract.Backward(frozenset(event.accumulated), leftover, event.replaced))
-            else:
-                self._ledger.note(event)
+        for fact in facts():
+            self._ledger.note(fact)
         return observation
 
     def _conclude(
         self,
         unit: Unit,
-        seen: _Seen,
+        seen: Seen,
         *,
         skipped: bool,
+        closure: bool = False,
         numbers: Sequence[statistics.Reading] = (),
         metrics: Sequence[str] = (),
     ) -> StepRecord:
         """After the step: asks what it did to the weights, makes the record, and sees to the next step."""
         observation = seen.observation
-        observation.moved()
+        if not seen.late:
+            observation.moved()
         table = self._catalogue.layers(self._watcher, unit.home)
         layers = observation.layers(table, seen.clip_factor)
         clipped = unit.count(clipped=seen.clip.applied)
@@ -316,9 +311,11 @@ class Monitor(LedgerView):
             fit=diagnosis.fit_depth(layers.before_step) if observation.recorded else None,
             recorded=observation.recorded,
         )
-        record = self._ledger.enter(record, observation.fact(record, self._watcher.rewritten))
+        record = self._ledger.enter(record, self._facts.step(observation, record, unit, closure=closure))
         if not skipped:
             self._watcher.spend(observation.indices)
+        if record.recorded and not (skipped or closure):
+            self._facts.moved(observation, record)
         if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
             self._schedule.alarm(record.step)
         self._watcher.recording = any(self._schedule.due(one.step) for one in self._units.active)
@@ -382,10 +379,11 @@ class Monitor(LedgerView):
         if self._closed:
             return
         self._closed = True
-        for clipped in (event for event in self._watcher.drain() if isinstance(event, contract.Clip)):
-            self._ledger.note(clipped)
+        facts, last = self._facts.closing(self._watcher.drain(), status)
+        for fact in facts:
+            self._ledger.note(fact)
         self._watcher.remove()
-        self._ledger.close(status, error)
+        self._ledger.close(status, error, last)
 
     def __enter__(self) -> Monitor:  # noqa: PYI034 -- typing.Self came with Python 3.11
         return self
