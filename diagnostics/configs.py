@@ -65,7 +65,7 @@ def register() -> None:
         1.0
     """
     store = ConfigStore.instance()
-    default = _with_values(MonitorConfig, "diagnostics/default")
+    default = _with_values(MonitorConfig, "diagnostics/standard")
     store.store(group="diagnostics", name="default", node=default)
     store.store(group="diagnostics/clip", name="none", node=NoClipConfig)
     store.store(group="diagnostics/clip", name="norm", node=_with_values(ClipByNormConfig, "clip/norm"))
