@@ -28,12 +28,10 @@ from omegaconf.errors import (
 
 from diagnostics.schemas import (
     SCHEMAS,
-    ClipByNormConfig,
     ConsoleSinkConfig,
     MonitorConfig,
     MonitorRunLogConfig,
     MonitorWandbConfig,
-    NoClipConfig,
     TrainConfig,
 )
 
@@ -65,10 +63,11 @@ def register() -> None:
         1.0
     """
     store = ConfigStore.instance()
-    default = _with_values(MonitorConfig, "diagnostics/default")
-    store.store(group="diagnostics", name="default", node=default)
-    store.store(group="diagnostics/clip", name="none", node=NoClipConfig)
-    store.store(group="diagnostics/clip", name="norm", node=_with_values(ClipByNormConfig, "clip/norm"))
+    store.store(group="diagnostics", name="default", node=_with_values(MonitorConfig, "diagnostics/standard"))
+    for name, schema in SCHEMAS.items():
+        group, _, option = name.partition("_")
+        if group == "clip":
+            store.store(group="diagnostics/clip", name=option, node=_with_values(schema, f"clip/{option}"))
     for name, sink in (
         ("console", OmegaConf.structured(ConsoleSinkConfig)),
         ("runlog", _with_values(MonitorRunLogConfig, "sink/runlog")),

@@ -203,7 +203,7 @@ class ClipByNormConfig:
 
 @dataclass
 class ThresholdsConfig:
-    """The thresholds in conf/diagnostics/default.yaml."""
+    """The thresholds in conf/diagnostics/standard.yaml."""
 
     _target_: str = "diagnostics.Thresholds"
     notice_decades: float = MISSING
@@ -215,7 +215,7 @@ class ThresholdsConfig:
 
 @dataclass
 class DiagnosticsConfig:
-    """conf/diagnostics/default.yaml."""
+    """conf/diagnostics/standard.yaml."""
 
     every: int = MISSING
     layers: str | None = None
