@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from diagnostics.configs import CONF, ConfigurationError, register_trainers, resolve, sentence
-from diagnostics.jobs import Job, describe_job
+from diagnostics.jobs import Job, describe_job, refusals
 from diagnostics.records import ContractError, DiagnosisError, DiagnosticsWarning, NonFiniteGradientError, RunInfo
 from diagnostics.reports.page import PAGE
 from diagnostics.trainers.progress import write_line
@@ -190,12 +190,12 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     task = build(settings["task"], "task", trusted=trusted)
     clip = build(settings["clip"], "clip") if settings["clip"] else None
     monitoring = {key: value for key, value in settings["diagnostics"].items() if key != "thresholds"}
-    with _refusals("diagnostics", monitoring):
+    with refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
     if trainer.mistake == "clip_after_step" and clip is None:
         raise ConfigurationError("trainer.mistake=clip_after_step needs something to clip with; add clip=norm.")
-    with _refusals("trainer", settings["trainer"]):
+    with refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)
     torch.set_num_threads(trainer.threads)
@@ -234,7 +234,7 @@ def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequen
         raise wrong from error
     if not isinstance(make.func, type) or make.func.__module__.split(".")[0] not in trusted:
         raise wrong
-    with _refusals(key, section):
+    with refusals(key, section):
         return make(*arguments, **keywords)
 
 
@@ -287,17 +287,6 @@ def _print_page(run_log: Path, page: Path) -> None:
         print(f"Page of this run: {write_page(run_log, page)}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the run is more important
         write_line(f"The page of this run could not be written ({type(error).__name__}: {error}).")
-
-
-@contextmanager
-def _refusals(key: str, section: Mapping[str, Any]) -> Iterator[None]:
-    """Turns what a constructor says about a value into one sentence with the value's full key."""
-    try:
-        yield
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        joint = "." if said.split(" ")[0] in section else ": "
-        raise ConfigurationError(f"{key}{joint}{said}.") from error
 
 
 @contextmanager

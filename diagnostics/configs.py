@@ -52,7 +52,8 @@ def register() -> None:
     Call it before ``@hydra.main``. Then ``defaults: [diagnostics: default]`` gives a section ``diagnostics``, and
     ``instantiate(config.diagnostics)(model, optimizer)`` a Monitor. On the command line: ``diagnostics/clip=norm``
     (or ``none``), ``diagnostics.clip.max_norm=0.5``, ``diagnostics/sink=[console,runlog,wandb]``,
-    ``diagnostics.every=1``. No other group is touched.
+    ``diagnostics.every=1``. No other group is touched. A file of your own, ``conf/diagnostics/mine.yaml`` with
+    ``defaults: [default, override clip: norm]``, may change any key; it may not be called ``default``.
 
     Example:
         >>> from hydra import compose, initialize

@@ -326,6 +326,7 @@ class MonitorConfig(DiagnosticsConfig):
 
     _target_: str = "diagnostics.jobs.make_monitor"
     _partial_: bool = True
+    _recursive_: bool = False  # each Monitor opens its own sinks, when it is made
     accumulate: int = 1
     clip: Any = MISSING
     sink: MonitorSinksConfig = field(default_factory=MonitorSinksConfig)
