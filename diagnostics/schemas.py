@@ -101,6 +101,7 @@ class MLPConfig:
     width: int = MISSING
     activation: Activation = MISSING
     init: Init = MISSING
+    gain: float | None = None
     norm: Norm = MISSING
     residual: bool = MISSING
 
