@@ -183,7 +183,7 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     import torch
 
     from diagnostics.options import Options
-    from diagnostics.trainers.loop import choose_device, make_scaler
+    from diagnostics.trainers.loop import check_together, choose_device, make_scaler
 
     trainer = build(settings["trainer"], "trainer")
     trusted = (*OURS, *settings["trusted_packages"])
@@ -201,6 +201,8 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     torch.set_num_threads(trainer.threads)
     torch.manual_seed(trainer.seed)
     model = build(settings["model"], "model", task.inputs, task.outputs, trusted=trusted).to(device)
+    with refusals("trainer", settings["trainer"]):
+        check_together(model, trainer, device)
     optimizer = build(settings["optimizer"], "optimizer", model.parameters(), trusted=trusted)
     scaler = make_scaler(trainer.precision, device)
     monitoring |= {"clip": clip, "accumulate": trainer.micro_batches, "scaler": scaler}

@@ -27,6 +27,7 @@ from diagnostics.records import RunInfo
 from diagnostics.runlog import log_file
 from diagnostics.sinks import Sink
 from diagnostics.sinks.runlog import RunLogSink
+from diagnostics.sinks.secrets import hide_secrets
 from diagnostics.trainers.provenance import describe_run
 
 if TYPE_CHECKING:
@@ -241,4 +242,5 @@ def _config_of(job: Job) -> dict[str, Any]:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException:
         plain = OmegaConf.to_container(config)
-    return {str(key): value for key, value in plain.items()}
+    hidden: dict[str, Any] = hide_secrets(plain)  # Hydra's file names a secret of the environment, resolved it is one
+    return hidden

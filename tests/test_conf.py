@@ -164,7 +164,9 @@ def test_our_trainer_and_the_group_for_other_people_s_apps_live_in_one_process()
     with initialize(None, version_base="1.3"):
         theirs = compose(overrides=["+diagnostics=default", "diagnostics/clip=norm"])
     assert theirs.diagnostics.clip.max_norm == 1.0
-    offered = {name.removesuffix(".yaml") for name in ConfigStore.instance().list("diagnostics")}
+    rules = {Path(name).stem for name in ConfigStore.instance().list("diagnostics/clip")}
+    assert rules == {path.stem for path in (CONF / "clip").glob("*.yaml")}
+    offered = {Path(name).stem for name in ConfigStore.instance().list("diagnostics")}
     # Hydra refuses to compose where a file and a stored configuration have one name.
     assert offered.isdisjoint(path.stem for path in (CONF / "diagnostics").glob("*.yaml"))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from torch import nn
 from wandb_offline import offline_run
@@ -37,6 +38,7 @@ CONF = {
         seed: 3
         width: 4
         wandb: false
+        database: {password: "${oc.env:HOME}"}
     """,
     "model/small.yaml": "width: ${width}\n",
     "clip/theirs.yaml": "boundary: 7\n",
@@ -161,6 +163,7 @@ def test_by_default_a_run_is_measured_and_its_log_says_what_was_run(app):
     assert {"python", "torch", "hydra-core", "wandb"} <= info.versions.keys()
     assert info.config["model"] == {"width": 4}  # resolved
     assert info.config["seed"] == 3
+    assert os.environ["HOME"] not in info.config["database"]["password"]
     assert info.config["diagnostics"]["every"] == 10
 
 
@@ -397,6 +400,19 @@ def test_an_app_with_a_typed_configuration_may_have_its_own_option_on_top_of_our
     assert output == "3 0.25 raise\n"
     _, errors = app.run("diagnostics.every=often", program=("typed.py",), code=1)
     assert "Value 'often' of type 'str' could not be converted to Integer" in errors
+
+
+def test_hydra_s_own_section_without_a_running_job_is_no_job(tmp_path, monkeypatch):
+    """As people set it to resolve ``${hydra:...}`` in a notebook."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    register()
+    with initialize(None, version_base="1.3"):
+        config = compose(overrides=["+diagnostics=default"], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    model = nn.Linear(2, 1)
+    instantiate(config.diagnostics)(model, torch.optim.SGD(model.parameters())).close()
+    assert read_run(tmp_path / "run.jsonl").info.directory == str(tmp_path)
 
 
 def test_registering_loads_nothing_heavy():
