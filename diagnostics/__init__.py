@@ -32,6 +32,7 @@ _HOMES = {
     "clipping": ["ClipByNorm", "clip_grad_norm_", "clip_gradients"],
     "diagnosis": ["Thresholds", "diagnose"],
     "monitor": ["Monitor"],
+    "first_pass": ["Preflight", "assert_healthy", "preflight"],
     "runlog": ["Run", "read_run"],
     "sinks": ["Sink"],
     "sinks.console": ["ConsoleSink"],
@@ -65,6 +66,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from diagnostics.clipping import ClipByNorm, clip_grad_norm_, clip_gradients
     from diagnostics.diagnosis import Thresholds, diagnose
+    from diagnostics.first_pass import Preflight, assert_healthy, preflight
     from diagnostics.monitor import Monitor
     from diagnostics.records import (
         ClipRecord,
