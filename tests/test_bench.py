@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -108,6 +109,23 @@ def test_every_block_runs_once_per_round_in_an_order_that_changes():
     assert [sorted(one) for one in rounds] == [[*"abcd"]] * 3
     assert len(set(rounds)) > 1
     assert times == {name: [0.5] * 3 for name in "abcd"}
+
+
+def test_what_the_collector_takes_is_spread_over_a_names_blocks():
+    rounds, ticks = iter([1, 2]), iter(range(1000))
+
+    def block():
+        if next(rounds) == 1:
+            gc.collect()
+        return 1
+
+    gc.disable()
+    try:
+        times = timing.interleave({"a": block}, 2, lambda: float(next(ticks)))
+    finally:
+        gc.enable()
+    # Each look at the clock takes a second: without the collection 2 and 1, and half of its one second more.
+    assert times == {"a": [2.5, 1.5]}
 
 
 def test_a_ratio_is_taken_within_rounds_and_its_interval_narrows_with_them():
