@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -73,13 +72,8 @@ def compare(
             _run(steps, VARIANTS[name].warm_up)
         block = repetitions(lambda: next(counted[BASELINE]), seconds, clock, PERIOD)
         sizes = {name: _multiple(block, VARIANTS[name].period) for name in names}
-        gc.collect()
-        gc.freeze()  # what one variant leaves to be scanned is not another one's cost
-        try:
-            blocks = {name: (lambda name=name: _run(counted[name], sizes[name])) for name in names}
-            times = interleave(blocks, rounds, clock)
-        finally:
-            gc.unfreeze()
+        blocks = {name: (lambda name=name: _run(counted[name], sizes[name])) for name in names}
+        times = interleave(blocks, rounds, clock)
         rows = []
         for name in names:
             monitor = stage.monitors.get(id(trainings[name]))
