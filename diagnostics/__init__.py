@@ -29,7 +29,9 @@ _HOMES = {
         "Verdict",
         "Violation",
     ],
-    "clipping": ["ClipByNorm", "clip_grad_norm_", "clip_gradients"],
+    "clip_groups": ["ClipByGroup"],
+    "clip_rules": ["ClipByNorm", "ClipByQuantile", "ClipByValue", "ClipByZScore", "ClipRule"],
+    "clipping": ["clip_grad_norm_", "clip_gradients"],
     "diagnosis": ["Thresholds", "diagnose"],
     "monitor": ["Monitor"],
     "first_pass": ["Preflight", "assert_healthy", "preflight"],
@@ -64,7 +66,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from diagnostics.clipping import ClipByNorm, clip_grad_norm_, clip_gradients
+    from diagnostics.clip_groups import ClipByGroup
+    from diagnostics.clip_rules import ClipByNorm, ClipByQuantile, ClipByValue, ClipByZScore, ClipRule
+    from diagnostics.clipping import clip_grad_norm_, clip_gradients
     from diagnostics.diagnosis import Thresholds, diagnose
     from diagnostics.first_pass import Preflight, assert_healthy, preflight
     from diagnostics.monitor import Monitor

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import Optimizer
 
-    from diagnostics.clipping import ClipByNorm
+    from diagnostics.clip_rules import ClipRule
     from diagnostics.sinks import Sink
     from diagnostics.trainers.loop import TrainerSettings
     from diagnostics.trainers.tasks import Task
@@ -65,7 +65,7 @@ class Parts:
     task: Task
     model: nn.Module
     optimizer: Optimizer
-    clip: ClipByNorm | None
+    clip: ClipRule | None
     scaler: GradScaler | None
     monitoring: Mapping[str, Any]
 
@@ -182,6 +182,7 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     """
     import torch
 
+    from diagnostics.clip_rules import ClipByNorm
     from diagnostics.options import Options
     from diagnostics.trainers.loop import check_together, choose_device, make_scaler
 
@@ -193,8 +194,8 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     with refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
-    if trainer.mistake == "clip_after_step" and clip is None:
-        raise ConfigurationError("trainer.mistake=clip_after_step needs something to clip with; add clip=norm.")
+    if trainer.mistake == "clip_after_step" and not isinstance(clip, ClipByNorm):
+        raise ConfigurationError("trainer.mistake=clip_after_step needs a norm to clip with; add clip=norm.")
     with refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)
@@ -213,7 +214,7 @@ def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequen
     """The object that a section of the configuration describes.
 
     Args:
-        section: ``_target_``, a class of a trusted package, and its keywords.
+        section: ``_target_``, a class of a trusted package, and its keywords, which may be sections themselves.
         key: Where the section stands, for messages.
         arguments: What the class needs besides.
         trusted: The packages.
@@ -236,8 +237,18 @@ def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequen
         raise wrong from error
     if not isinstance(make.func, type) or make.func.__module__.split(".")[0] not in trusted:
         raise wrong
+    parts = {name: _build_parts(value, f"{key}.{name}", trusted) for name, value in make.keywords.items()}
     with refusals(key, section):
-        return make(*arguments, **keywords)
+        return make(*arguments, **parts, **keywords)
+
+
+def _build_parts(value: Any, key: str, trusted: Sequence[str]) -> Any:
+    """A keyword's value, with every section in it built."""
+    if not isinstance(value, Mapping):
+        return value
+    if "_target_" in value:
+        return build(value, key, trusted=trusted)
+    return {name: _build_parts(item, f"{key}.{name}", trusted) for name, item in value.items()}
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from diagnostics.clip_schemas import CLIP_SCHEMAS, ClipByGroupConfig, NoClipConfig
 from diagnostics.schemas import (
     SCHEMAS,
     ConsoleSinkConfig,
@@ -51,7 +52,7 @@ def register() -> None:
 
     Call it before ``@hydra.main``. Then ``defaults: [diagnostics: default]`` gives a section ``diagnostics``, and
     ``instantiate(config.diagnostics)(model, optimizer)`` a Monitor. On the command line: ``diagnostics/clip=norm``
-    (or ``none``), ``diagnostics.clip.max_norm=0.5``, ``diagnostics/sink=[console,runlog,wandb]``,
+    (or any other rule under conf/clip), ``diagnostics.clip.max_norm=0.5``, ``diagnostics/sink=[console,runlog,wandb]``,
     ``diagnostics.every=1``. No other group is touched. A file of your own, ``conf/diagnostics/mine.yaml`` with
     ``defaults: [default, override clip: norm]``, may change any key; it may not be called ``default``.
 
@@ -65,16 +66,28 @@ def register() -> None:
     """
     store = ConfigStore.instance()
     store.store(group="diagnostics", name="default", node=_with_values(MonitorConfig, "diagnostics/standard"))
-    for name, schema in SCHEMAS.items():
-        group, _, option = name.partition("_")
-        if group == "clip":
-            store.store(group="diagnostics/clip", name=option, node=_with_values(schema, f"clip/{option}"))
+    store.store(group="diagnostics/clip", name="none", node=NoClipConfig)
+    for schema, rule in CLIP_SCHEMAS.items():
+        name = schema.removeprefix("clip_")
+        if rule not in {NoClipConfig, ClipByGroupConfig}:
+            store.store(group="diagnostics/clip", name=name, node=_with_values(rule, f"clip/{name}"))
+    store.store(group="diagnostics/clip", name="group", node=_group_of_rules())
     for name, sink in (
         ("console", OmegaConf.structured(ConsoleSinkConfig)),
         ("runlog", _with_values(MonitorRunLogConfig, "sink/runlog")),
         ("wandb", OmegaConf.structured(MonitorWandbConfig)),
     ):
         store.store(group="diagnostics/sink", name=name, node={name: sink})
+
+
+def _group_of_rules() -> Any:
+    """conf/clip/group.yaml with the rule of its groups as a choice of its own, ``diagnostics/clip@…``."""
+    node = OmegaConf.create({"defaults": [{"/diagnostics/clip@rule": "norm"}, "_self_"]})
+    values = OmegaConf.load(CONF / "clip/group.yaml")
+    assert isinstance(values, DictConfig)
+    return OmegaConf.merge(
+        node, {"_target_": ClipByGroupConfig._target_}, {k: v for k, v in values.items() if k != "defaults"}
+    )
 
 
 def _with_values(schema: type, file: str) -> Any:

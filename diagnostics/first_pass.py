@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from diagnostics import diagnosis, meanfield, statistics
-from diagnostics.clipping import clip
 from diagnostics.depth import Call
 from diagnostics.diagnosis import State, Thresholds
 from diagnostics.hooks import BackwardPass, Watcher
@@ -219,10 +218,11 @@ def _describe(
         )
     reader = statistics.Reader()
     number = reader.ask(loss)
-    observation = Observation(catalogue, reader, _Whole(catalogue.tensors()), None, passes, recorded=True)
+    observation = Observation(catalogue, reader, _Whole(catalogue.tensors()), passes, recorded=True)
     table = catalogue.layers(watcher)
     dead = {place: reader.ask(share) for place, share in _dead_units(catalogue, table)}
-    clipping = clip(observation.clipping, observation.settle(), write=False)
+    observation.settle()
+    clipping = observation.clipping.clip(write=False)
     layers = Layers(observation.layers(table).before_step)
     record = StepRecord(
         step=0,

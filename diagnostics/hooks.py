@@ -102,6 +102,7 @@ class Watcher:
         recording: Whether output gradients are taken in the forward passes to come.
         timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
         orders: Order of calls by model.
+        overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
         failure: The exception that switched the Watcher off.
     """
 
@@ -117,6 +118,7 @@ class Watcher:
         self.listening = True
         self.timeline: list[Any] = []
         self.orders = [CallOrder() for _ in models]
+        self.overdue: Callable[[], Sequence[Any]] = tuple
         self.failure: Exception | None = None
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
@@ -188,6 +190,7 @@ class Watcher:
         """The timeline since the last call; the next step begins a new one."""
         self._settle()
         self._end_traces()
+        self.timeline += self.overdue()
         timeline, self.timeline = self.timeline, []
         return timeline
 
@@ -314,6 +317,7 @@ class Watcher:
         """The pass of a graph task; one that is begun inside a running one (reentrant checkpoint) is no new pass."""
         if task not in self._running:
             if not self._running:
+                self.timeline += self.overdue()
                 self._current = self._look()
             self._running.append(task)
             engine = torch.autograd.Variable._execution_engine  # noqa: SLF001 -- the only way to hear of a pass's end

@@ -9,8 +9,10 @@ import math
 import sys
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 from diagnostics import diagnosis
 from diagnostics.contract import Backward, Clip, Contract, Step
@@ -90,9 +92,9 @@ class Ledger:
         else:
             self._found += self._contract.clip(fact)
 
-    def enter(self, record: StepRecord, fact: Step) -> StepRecord:
-        """Takes a step; returns its record with violations and diagnoses."""
-        found, self._found = [*self._found, *self._contract.step(fact)], []
+    def enter(self, record: StepRecord, fact: Step | None) -> StepRecord:
+        """Takes a step; returns its record with violations and diagnoses. Without a fact the rules do not see it."""
+        found, self._found = [*self._found, *(self._contract.step(fact) if fact else ())], []
         record = replace(record, violations=tuple(found))
         self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
         record = replace(record, diagnoses=tuple(diagnosis.prescribe(one, self.run) for one in changed))
@@ -131,6 +133,15 @@ class Ledger:
             self.warn(failure)
         if status == "finished":
             self._announce_violations(late)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the summary at the end counts, in plain containers."""
+        return {"steps": self._steps, "clipped": self._clipped, "first_nonfinite": self._first_nonfinite}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Counts on from where another one was."""
+        self._steps, self._clipped = int(state["steps"]), int(state["clipped"])
+        self._first_nonfinite = state["first_nonfinite"]
 
     def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
         new = [violation for violation in violations if violation.count == 1]

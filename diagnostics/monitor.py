@@ -6,20 +6,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from diagnostics import amp, contract, diagnosis, statistics
-from diagnostics.clipping import ClipByNorm, NormReading, clip, read_norms, tensors_of
+from diagnostics.clip_writing import Clipping
+from diagnostics.clipping import rule_of, tensors_of
 from diagnostics.diagnosis import Thresholds
 from diagnostics.hooks import BackwardPass, Watcher
-from diagnostics.ledger import Ledger, LedgerView, ending, is_alarm
-from diagnostics.observation import Catalogue, Observation
-from diagnostics.options import Options, models_of, one_number, optimizers_of
+from diagnostics.ledger import Ledger, ending, is_alarm
+from diagnostics.observation import Catalogue, Observation, Seen
+from diagnostics.options import Clip, Options, models_of, one_number, optimizers_of
 from diagnostics.records import (
     ClipRecord,
     ContractError,
@@ -29,28 +30,23 @@ from diagnostics.records import (
     RunInfo,
     StepRecord,
 )
+from diagnostics.resuming import Resumable
 from diagnostics.schedule import Schedule, Units
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
 from diagnostics.unit import Unit
 
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A step before its record: what was measured, and what clipping did and had done before that."""
-
-    observation: Observation
-    clip: ClipRecord
-    clip_factor: float = 1.0
+Lost: TypeAlias = tuple[Unit, Sequence[BackwardPass], statistics.Reading]
 
 
-class Monitor(LedgerView):
+class Monitor(Resumable):
     """Watches a training loop: gradients by depth, clipping, the loop's own rules.
 
     Args:
         model: One module, or a mapping of names to modules.
         optimizers: One optimizer or a sequence.
-        clip: How gradients are clipped; None measures only.
+        clip: How gradients are clipped; None measures only. Several optimizers that are stepped one by one share the
+            rule and not its history; a mapping from optimizers, or the names in their records, gives each its own rule.
         accumulate: Backward passes that one step is meant to spend.
         scaler: The loop's ``torch.amp.GradScaler``, if it has one.
         nonfinite: What :meth:`clip_and_step` does when gradients are not finite: ``"skip"`` the update, ``"raise"``, or
@@ -84,7 +80,7 @@ class Monitor(LedgerView):
         model: nn.Module | Mapping[str, nn.Module],
         optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         *,
-        clip: ClipByNorm | None = None,
+        clip: Clip = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
         nonfinite: str = "skip",
@@ -103,12 +99,12 @@ class Monitor(LedgerView):
         models, stepping = models_of(model), optimizers_of(optimizers)
         fanout = Fanout(sinks)
         self._catalogue = Catalogue(models, layers)
-        self._units = Units(stepping, self._catalogue)
+        self._units = Units(stepping, self._catalogue, clip)
         self._catalogue.adopt(self._units.together.parameters())
         self._reader = statistics.Reader()
         self._schedule = Schedule(every)
         self._own_clip: ClipRecord | None = None
-        self._own_step: _Seen | None = None
+        self._own_step: Seen | None = None
         self._zeros: AbstractSet[int] = frozenset()
         self._inside = False
         self._closed = False
@@ -122,6 +118,9 @@ class Monitor(LedgerView):
         )
         self._watcher = Watcher(models, self._catalogue.owners, self._catalogue.tensors(), outputs=every > 0)
         self._watcher.recording = self._schedule.due(0)
+        self._scaler_watch = None if self._scaler is None else amp.ScalerWatch(self._scaler, stepping)
+        if self._scaler_watch is not None:
+            self._watcher.overdue = self._scaler_watch.look
         for optimizer in stepping:
             self._watcher.watch_steps(optimizer, self._own_step_begins, self._own_step_ends)
 
@@ -178,11 +177,11 @@ class Monitor(LedgerView):
         self._say(record)
         return record
 
-    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> _Seen:
+    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> Seen:
         observation = self._observe(unit, recorded=recorded)
-        return _Seen(observation, clip(observation.clipping, observation.norms))
+        return Seen(observation, observation.clipping.clip())
 
-    def _step(self, unit: Unit, seen: _Seen) -> bool:
+    def _step(self, unit: Unit, seen: Seen) -> bool:
         """Steps unless gradients are not finite and the policy says no; returns whether the step was skipped."""
         finite = math.isfinite(seen.clip.total_norm)
         if not finite and (self._scaler is not None or self._options.nonfinite != "step"):
@@ -195,10 +194,10 @@ class Monitor(LedgerView):
                     self._scaler.step(optimizer)
         return False
 
-    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> _Seen:
+    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> Seen:
         if self._scaler is not None:
             raise ValueError("closure must be None with a GradScaler, which torch does not support; got a closure.")
-        first: list[_Seen] = []
+        first: list[Seen] = []
 
         def clipped() -> Any:
             with torch.enable_grad():
@@ -215,7 +214,9 @@ class Monitor(LedgerView):
 
     # a loop that calls optimizer.step() itself
 
-    def clip_grad_norm_(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    def clip_grad_norm_(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float | str = 2.0
+    ) -> Tensor:
         """Clips in a loop that calls ``optimizer.step()`` itself, and takes note of it.
 
         Args:
@@ -224,57 +225,61 @@ class Monitor(LedgerView):
             norm_type: The p of the norm; positive, possibly ``inf``.
 
         Returns:
-            The total norm before clipping, 0-dim.
+            The total norm before clipping, 0-dim, as :func:`diagnostics.clip_grad_norm_` returns it.
         """
         self._refuse_if_closed("clip_grad_norm_")
         owners, gradients = statistics.gradients_of(tensors_of(parameters))
         self._watcher.adopt(self._catalogue.adopt(owners))
-        reading = NormReading(gradients, ClipByNorm(max_norm, norm_type))
-        norms = read_norms(reading)
-        self._own_clip = clip(reading, norms)
+        clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), statistics.Reader())
+        clipping.settle()
+        self._own_clip = clipping.clip()
         indices = [self._catalogue.index(owner) for owner in owners]
-        self._watcher.timeline.append(contract.Clip(dict(zip(indices, norms.parameters, strict=True))))
-        return reading.total_of(norms)
+        self._watcher.timeline.append(contract.Clip(dict(zip(indices, clipping.by_gradient, strict=True))))
+        return clipping.tensor()
 
     def _own_step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._scaler_watch is not None:
+            self._scaler_watch.stepped(optimizer)
         if self._inside or self._closed:
             return
         with self._harmless():
-            observation = self._observe(self._units.of(optimizer))
-            seen = clip(observation.clipping, observation.norms, write=False)
+            found_inf = self._reader.ask(amp.found_inf(optimizer))
+            observation = self._observe(self._units.of(optimizer), still_scaled=amp.grad_scale(optimizer))
+            skipped = any(found_inf.values)
+            seen = observation.clipping.clip(write=False)
             own, self._own_clip = self._own_clip, None
             if own is None or not own.applied:
-                self._own_step = _Seen(observation, seen)
+                self._own_step = Seen(observation, seen, skipped=skipped)
             else:
                 merged = replace(own, total_norm_after=seen.total_norm, shares=seen.shares)
-                self._own_step = _Seen(observation, merged, own.total_norm_after / own.total_norm)
+                self._own_step = Seen(observation, merged, own.total_norm_after / own.total_norm, skipped)
 
     def _own_step_ends(self, optimizer: torch.optim.Optimizer) -> None:
         seen, self._own_step = self._own_step, None
         if seen is not None:
             with self._harmless():
-                self._say(self._conclude(self._units.of(optimizer), seen, skipped=False))
+                self._say(self._conclude(self._units.of(optimizer), seen, skipped=seen.skipped))
 
     # what a step is made of
 
-    def _observe(self, unit: Unit, *, recorded: bool | None = None) -> Observation:
+    def _observe(self, unit: Unit, *, recorded: bool | None = None, still_scaled: Tensor | None = None) -> Observation:
         """Asks for everything that the step needs, reads it by one copy, and notes what went before."""
         events = self._watcher.drain()
         self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
         passes = [event for event in events if isinstance(event, BackwardPass)]
         leftovers = [self._reader.ask(one.leftover) for one in passes]
-        self._units.collect(passes)
+        lost = self._collect(events)
         if passes and events[-1] is passes[-1]:
             self._own_clip = None  # more came in after it, so it does not tell what the step spends
         observation = Observation(
             self._catalogue,
             self._reader,
             unit,
-            self._options.clip,
             self._units.take(unit),
             recorded=self._watcher.recording if recorded is None else recorded,
             loss_scale=None if self._scaler is None else amp.loss_scale(self._scaler),
             zeros=self._zeros,
+            still_scaled=still_scaled,
         )
         observation.settle()
         self._zeros = observation.zeros
@@ -283,14 +288,30 @@ class Monitor(LedgerView):
             if isinstance(event, BackwardPass):
                 leftover = dict(zip(event.held, next(readings).values, strict=True))
                 self._ledger.note(contract.Backward(frozenset(event.accumulated), leftover, event.replaced))
-            else:
+            elif isinstance(event, contract.Clip):
                 self._ledger.note(event)
+        self._enter_lost(lost)
         return observation
+
+    def _collect(self, events: Sequence[Any]) -> list[Lost]:
+        """Gives optimizers their backward passes; returns the steps that the GradScaler has left out in between."""
+        lost: list[Lost] = []
+        for event in events:
+            if isinstance(event, BackwardPass):
+                self._units.collect([event])
+            elif isinstance(event, amp.SkippedStep):
+                unit = self._units.of(event.optimizer)
+                lost.append((unit, self._units.take(unit), self._reader.ask(event.scale)))
+        return lost
+
+    def _enter_lost(self, lost: Sequence[Lost]) -> None:
+        for unit, passes, scale in lost:
+            self._say(self._ledger.enter(unit.skip(passes, scale.values[0]), None))
 
     def _conclude(
         self,
         unit: Unit,
-        seen: _Seen,
+        seen: Seen,
         *,
         skipped: bool,
         numbers: Sequence[statistics.Reading] = (),
@@ -301,10 +322,11 @@ class Monitor(LedgerView):
         observation.moved()
         table = self._catalogue.layers(self._watcher, unit.home)
         layers = observation.layers(table, seen.clip_factor)
-        clipped = unit.count(clipped=seen.clip.applied)
+        clipped, quantiles = unit.count(seen.clip.total_norm, clipped=seen.clip.applied)
+        shares = observation.shares(table, seen.clip.shares)
         record = StepRecord(
             step=unit.step - 1,
-            clip=replace(seen.clip, shares=observation.shares(table, seen.clip.shares), clip_fraction=clipped),
+            clip=replace(seen.clip, shares=shares, clip_fraction=clipped, norm_quantiles=quantiles),
             optimizer=unit.name,
             loss=numbers[0].values[0] if numbers and numbers[0].values else None,
             lr=observation.learning_rates,
@@ -318,10 +340,11 @@ class Monitor(LedgerView):
         )
         record = self._ledger.enter(record, observation.fact(record, self._watcher.rewritten))
         if not skipped:
+            observation.clipping.enter(seen.clip.total_norm)
             self._watcher.spend(observation.indices)
         if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
             self._schedule.alarm(record.step)
-        self._watcher.recording = any(self._schedule.due(one.step) for one in self._units.active)
+        self._watcher.recording = self._due()
         return record
 
     def _refuse_if_closed(self, method: str) -> None:
@@ -366,8 +389,11 @@ class Monitor(LedgerView):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block nothing is noted: neither passes nor steps."""
+        self._watcher.timeline += self._watcher.overdue()
         with self._watcher.paused():
             yield
+        if self._scaler_watch is not None:
+            self._scaler_watch.forget()
 
     def close(self, status: str = "finished", error: str | None = None) -> None:
         """Takes every hook away, writes the end of the run to the sinks and closes them. Again is harmless.
@@ -382,8 +408,10 @@ class Monitor(LedgerView):
         if self._closed:
             return
         self._closed = True
-        for clipped in (event for event in self._watcher.drain() if isinstance(event, contract.Clip)):
+        events = self._watcher.drain()
+        for clipped in (event for event in events if isinstance(event, contract.Clip)):
             self._ledger.note(clipped)
+        self._enter_lost(self._collect(events))
         self._watcher.remove()
         self._ledger.close(status, error)
 

@@ -7,16 +7,18 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from diagnostics import statistics
 from diagnostics.assembly import OUTSIDE, Piece, Sampled, layer_records, piece, update_ratios
-from diagnostics.clipping import ClipByNorm, GradientNorms, NormReading
+from diagnostics.clip_groups import GroupState
+from diagnostics.clip_writing import Clipping
 from diagnostics.contract import Step
 from diagnostics.depth import Call, find_owners, layer_table
 from diagnostics.hooks import BackwardPass, Watcher
-from diagnostics.records import Layer, LayerRecord, Layers, StepRecord
+from diagnostics.records import ClipRecord, Layer, LayerRecord, Layers, StepRecord
 from diagnostics.unit import Unit
 
 
@@ -94,6 +96,23 @@ class Catalogue:
         return [(index, 0) for index, owner in enumerate(self.owners) if owner.root == root]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A step before its record: what was measured, and what clipping did and had done before that.
+
+    Attributes:
+        observation: What was measured.
+        clip: What clipping did.
+        clip_factor: What the gradients had been multiplied by before they were measured.
+        skipped: Whether a fused optimizer leaves out the update, as its GradScaler told it.
+    """
+
+    observation: Observation
+    clip: ClipRecord
+    clip_factor: float = 1.0
+    skipped: bool = False
+
+
 class Observation:
     """The measurements of one step.
 
@@ -102,12 +121,12 @@ class Observation:
     Args:
         catalogue: The model.
         reader: Who brings the numbers.
-        unit: The step's optimizers.
-        rule: How the step clips.
+        unit: The step's optimizers, and how they clip.
         passes: Backward passes whose gradients it spends.
         recorded: Whether to take more than norms.
         zeros: Gradients that were exactly zero when last looked at closely; their norm of 0 is then believed.
         loss_scale: The AMP loss scale, which output gradients are divided by; None without a scaler.
+        still_scaled: The AMP loss scale that the weight gradients are still multiplied by; None if they are not.
     """
 
     def __init__(
@@ -115,12 +134,12 @@ class Observation:
         catalogue: Catalogue,
         reader: statistics.Reader,
         unit: Unit,
-        rule: ClipByNorm | None,
         passes: Sequence[BackwardPass],
         *,
         recorded: bool,
         loss_scale: Tensor | None = None,
         zeros: AbstractSet[int] = frozenset(),
+        still_scaled: Tensor | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.reader = reader
@@ -131,11 +150,9 @@ class Observation:
         self._rates = [reader.ask(lr) if isinstance(lr, Tensor) else float(lr) for lr in unit.learning_rates()]
         parameters, self.gradients = statistics.gradients_of(held)
         self.indices = [catalogue.index(parameter) for parameter in parameters]
-        self.clipping = NormReading(self.gradients, rule)
-        self._euclidean = self.clipping if self.clipping.norm_type == 2 else NormReading(self.gradients, None)
-        self._norms = reader.ask(self.clipping.tensor())
-        self._euclidean_norms = (
-            self._norms if self._euclidean is self.clipping else reader.ask(self._euclidean.tensor())
+        members = unit.members(parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
+        self.clipping = Clipping(
+            self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
         self._noted = [item for one in self.passes for item in one.outputs] if recorded else []
@@ -157,17 +174,15 @@ class Observation:
         """One per parameter group, as they were before the step."""
         return tuple(rate if isinstance(rate, float) else rate.values[0] for rate in self._rates)
 
-    def settle(self) -> GradientNorms:
+    def settle(self) -> None:
         """Reads everything that was asked for; a second time for what fp32 may not have held."""
-        self.norms = self._norms_of(self.clipping, self._norms)
-        same = self._euclidean is self.clipping
-        self._euclid = self.norms if same else self._norms_of(self._euclidean, self._euclidean_norms)
-        return self.norms
+        self.clipping.settle(lambda place: self.indices[place] in self._zeros)
+        self._by_gradient = self.clipping.by_gradient
 
     @property
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
-        return {index for index, norm in zip(self.indices, self.norms.parameters, strict=True) if norm == 0}
+        return {index for index, norm in zip(self.indices, self._by_gradient, strict=True) if norm == 0}
 
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""
@@ -208,12 +223,12 @@ class Observation:
 
     def fact(self, record: StepRecord, rewritten: Callable[[int], bool]) -> Step:
         """The step as the contract sees it."""
-        norms = dict(zip(self.indices, self.norms.parameters, strict=True))
+        norms = dict(zip(self.indices, self._by_gradient, strict=True))
         changed = frozenset(index for index in norms if rewritten(index))
         after = record.clip.total_norm_after
-        rule = self.clipping.rule
-        limit = None if rule is None else rule.max_norm
-        return Step(record.optimizer, record.step, norms, changed, after, limit, record.skipped)
+        limit = self.clipping.limit
+        declared = None if limit is None else limit.max_norm
+        return Step(record.optimizer, record.step, norms, changed, after, declared, record.skipped)
 
     def _sampled(self) -> dict[str, Sampled]:
         sampled = {}
@@ -222,17 +237,6 @@ class Observation:
             factor = math.sqrt(tensor.numel() / taken) if taken else 1.0
             sampled[self.catalogue.name(tensor)] = Sampled(norm * factor, factor)
         return sampled
-
-    def _norms_of(self, reading: NormReading, read: statistics.Reading) -> GradientNorms:
-        norms = read.values[len(read.values) - len(self.gradients) :]
-        suspects = [
-            place
-            for place in reading.suspects(read.values, each=True)
-            if norms[place] != 0 or self.indices[place] not in self._zeros
-        ]
-        if not suspects:
-            return reading.norms(read.values)
-        return reading.norms(read.values, suspects, self.reader.ask(reading.exact(suspects)).values)
 
     def _output_pieces(self) -> Callable[[], dict[Call, list[Piece]]]:
         """Makes the pieces of output gradients, likewise from numbers alone."""
@@ -250,14 +254,13 @@ class Observation:
         """Makes the pieces of weight gradients from numbers alone, later: a record must not keep tensors alive."""
         names = [self.catalogue.names[index] for index in self.indices]
         sizes, count = [gradient.numel() for gradient in self.gradients], len(self.gradients)
-        norms = self._euclid
-        peaks = self._peaks.values if self._peaks else [None] * count
+        norms, nonfinite = self.clipping.euclidean
+        scale = self.clipping.scale
+        peaks = [peak / scale for peak in self._peaks.values] if self._peaks else [None] * count
         fractions = self._fractions.values if self._fractions else [None] * (2 * count)
 
         def make() -> dict[str, Piece]:
-            columns = zip(
-                sizes, norms.parameters, peaks, fractions[:count], fractions[count:], norms.nonfinite, strict=True
-            )
+            columns = zip(sizes, norms, peaks, fractions[:count], fractions[count:], nonfinite, strict=True)
             return {name: Piece(*column).divided(clip_factor) for name, column in zip(names, columns, strict=True)}
 
         return make

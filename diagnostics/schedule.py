@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import torch
 
+from diagnostics.clip_groups import ClipByGroup
+from diagnostics.clip_rules import ClipRule, Measure
 from diagnostics.hooks import BackwardPass
 from diagnostics.observation import Catalogue
+from diagnostics.options import Clip
 from diagnostics.records import SOLE_OPTIMIZER
 from diagnostics.unit import Unit
 
@@ -23,9 +27,10 @@ class Units:
     Args:
         optimizers: The optimizers.
         catalogue: Knows which model a parameter belongs to.
+        clip: A rule for all, each unit with a history of its own; or one per optimizer, by itself or its unit's name.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], catalogue: Catalogue) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], catalogue: Catalogue, clip: Clip = None) -> None:
         self.together = Unit(SOLE_OPTIMIZER, optimizers)
         self.all = [self.together]
         self._catalogue = catalogue
@@ -35,6 +40,22 @@ class Units:
             named = home is not None and not shared and catalogue.models[home]
             name = named or f"{type(optimizer).__name__.lower()}_{place}"
             self.all.append(Unit(name, [optimizer], home))
+        self.together.names = [unit.name for unit in self.all[1:]] or [SOLE_OPTIMIZER]
+        rules = clip if isinstance(clip, Mapping) else {unit.name: clip for unit in self.all}
+        self._start_clipping(rules, several=isinstance(clip, Mapping) and len(self.all) > 1)
+
+    def _start_clipping(self, given: Mapping[Any, ClipRule | None], *, several: bool) -> None:
+        names = {unit.optimizers[0]: unit.name for unit in self.all if len(unit.optimizers) == 1}
+        rules = {names.get(key, key): rule for key, rule in given.items()}
+        if unknown := [key for key in rules if key not in {SOLE_OPTIMIZER, *names.values()}]:
+            raise ValueError(
+                f"clip must name optimizers that the Monitor was given, or give them: {', '.join(names.values())}; "
+                f"got {unknown[0]!r}."
+            )
+        if several:
+            rules[SOLE_OPTIMIZER] = ClipByGroup(None, by="optimizer", rules=rules)
+        for unit in self.all:
+            unit.clipping = (rules.get(unit.name) or Measure()).start()
 
     @property
     def active(self) -> list[Unit]:
@@ -89,6 +110,9 @@ class Schedule:
     Args:
         every: 0 records none, 1 all.
 
+    Attributes:
+        dense_until: The step at which the last alarm is over.
+
     Example:
         >>> schedule = Schedule(10)
         >>> [step for step in range(45, 75) if schedule.due(step)]
@@ -97,14 +121,14 @@ class Schedule:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self._dense_until = 0
+        self.dense_until = 0
 
     def due(self, step: int) -> bool:
         """Whether to record a step."""
         if self.every == 0:
             return False
-        return step < max(FIRST_RECORDED, self._dense_until) or step % self.every == 0
+        return step < max(FIRST_RECORDED, self.dense_until) or step % self.every == 0
 
     def alarm(self, step: int) -> None:
         """Records the steps after this one."""
-        self._dense_until = step + 1 + DENSE_AFTER_ALARM
+        self.dense_until = step + 1 + DENSE_AFTER_ALARM

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from diagnostics.clip_schemas import CLIP_SCHEMAS
+
 MISSING: Any = "???"  # what OmegaConf calls a value that a file or a person has still to give
 
 # OmegaConf 2.3 knows no Literal; names that are keywords of Python need the functional form.
@@ -189,20 +191,6 @@ class AdamWConfig(AdamConfig):
 
 
 @dataclass
-class NoClipConfig:
-    """conf/clip/none.yaml."""
-
-
-@dataclass
-class ClipByNormConfig:
-    """conf/clip/norm.yaml."""
-
-    _target_: str = "diagnostics.ClipByNorm"
-    max_norm: float = MISSING
-    norm_type: float = MISSING
-
-
-@dataclass
 class ThresholdsConfig:
     """The thresholds in conf/diagnostics/standard.yaml."""
 
@@ -352,6 +340,5 @@ SCHEMAS: Mapping[str, type] = {
     "optimizer_sgd": SGDConfig,
     "optimizer_adam": AdamConfig,
     "optimizer_adamw": AdamWConfig,
-    "clip_none": NoClipConfig,
-    "clip_norm": ClipByNormConfig,
+    **CLIP_SCHEMAS,
 }

@@ -226,6 +226,33 @@ def peaks(gradients: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def beyond(gradients: Sequence[Tensor], value: float) -> Tensor:
+    """Which gradients have an element whose magnitude is above a value, in the arithmetic of their own dtype.
+
+    Of complex gradients the real and the imaginary part are looked at, each by itself.
+
+    Returns:
+        Shape ``[len(gradients)]``, boolean.
+
+    Example:
+        >>> beyond([torch.tensor([0.3, -0.1]), torch.tensor([0.3, -0.4])], 0.3)
+        tensor([False,  True])
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    values = [real_view(_dense(gradient)) for gradient in gradients]
+    for place, part in enumerate(values):
+        if part.numel():
+            groups.setdefault((part.device, part.dtype), []).append(place)
+    found = torch.zeros(len(values), dtype=torch.bool, device=values[0].device if values else None)
+    for (device, _), places in groups.items():
+        marks = torch.stack([_peak(values[place]) for place in places]) > value
+        if len(places) == len(values):
+            return marks
+        found = found.to(device).index_copy(0, torch.tensor(places, device=device), marks)
+    return found
+
+
+@torch.no_grad()
 def fractions(gradients: Sequence[Tensor]) -> Tensor:
     """Shares of zeros and of subnormal numbers in a sample of every gradient, shape ``[2, len(gradients)]``.
 
@@ -326,6 +353,16 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float64, or complex128 for a complex dtype."""
     return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """A complex tensor's memory as pairs of real numbers; any other tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _peak(values: Tensor) -> Tensor:
+    low, high = torch.aminmax(values)
+    return torch.maximum(high, -low)
 
 
 def _dense(tensor: Tensor) -> Tensor:

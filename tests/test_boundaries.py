@@ -27,6 +27,11 @@ ORDER = (
     "statistics",
     "assembly",
     "depth",
+    "norms",
+    "clip_state",
+    "clip_rules",
+    "clip_groups",
+    "clip_writing",
     "clipping",
     "meanfield",
     "amp",
@@ -40,11 +45,13 @@ ORDER = (
     "runlog",
     "sinks",
     "ledger",
+    "resuming",
     "monitor",
     "watching",
     "first_pass",
     "reports",
     "trainers",
+    "clip_schemas",
     "schemas",
     "configs",
     "jobs",
@@ -65,6 +72,7 @@ STEP_PATH = {*ORDER} - {
     "sinks",
     "reports",
     "trainers",
+    "clip_schemas",
     "schemas",
     "configs",
     "jobs",
@@ -74,6 +82,9 @@ WITHOUT_TORCH = (
     "layers",
     "records",
     "assembly",
+    "clip_state",
+    "clip_rules",
+    "clip_groups",
     "contract",
     "diagnosis",
     "runlog",
@@ -84,6 +95,7 @@ WITHOUT_TORCH = (
     "reports.page",
     "reports.figures",
     "reports.gather",
+    "clip_schemas",
     "schemas",
 )
 
@@ -98,10 +110,10 @@ HOMES = {
 """Where a third-party library may be imported."""
 
 WRITES = {
-    "clip_grad_norm_": "ours, in clipping.py",
+    "clip_grad_norm_": "ours, which writes in clip_writing.py",
     "unscale_": "the GradScaler's own, which clip_and_step promises to call",
 }
-"""Calls that end in an underscore and write to gradients only through clipping.py or torch."""
+"""Calls that end in an underscore and write to gradients only through clip_writing.py or torch."""
 
 TEACHING = {"trainers.seed_chain"}
 """Puts the article's numbers into ``.grad`` to clip them."""
@@ -264,7 +276,7 @@ def test_a_hook_registration_is_found(bad: str) -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_gradients_are_written_in_clipping_only(module: str) -> None:
-    assert bool(gradient_writes(SOURCES[module])) == (module in {"clipping", *TEACHING, *PUTS_BACK})
+    assert bool(gradient_writes(SOURCES[module])) == (module in {"clip_writing", *TEACHING, *PUTS_BACK})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.clipping import ClipByNorm
+from diagnostics.clip_rules import ClipByNorm, ClipRule
 from diagnostics.monitor import Monitor
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress
@@ -179,7 +179,7 @@ def train(
     monitor: Monitor,
     settings: TrainerSettings,
     *,
-    clip: ClipByNorm | None = None,
+    clip: ClipRule | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, float]:
     """Trains ``model`` on ``task`` for ``settings.steps`` steps.
@@ -192,7 +192,7 @@ def train(
         optimizer: Holds the model's parameters.
         monitor: Watches them; it clips as it was told when it was made, with the same micro-batches and scaler.
         settings: Everything else.
-        clip: The rule that ``mistake="clip_after_step"`` applies too late.
+        clip: The rule that ``mistake="clip_after_step"`` applies too late, if it clips by norm.
         scaler: What :func:`make_scaler` gave.
 
     Returns:
@@ -210,7 +210,7 @@ def train(
             if settings.mistake != "missing_zero_grad":
                 optimizer.zero_grad()
             loss = _backward(forward, task, next(batches), settings, device=device, scaler=scaler)
-            if settings.mistake == "clip_after_step" and clip is not None:
+            if settings.mistake == "clip_after_step" and isinstance(clip, ClipByNorm):
                 optimizer.step()
                 monitor.clip_grad_norm_(model.parameters(), clip.max_norm, clip.norm_type)
                 schedule.step()
