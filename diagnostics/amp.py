@@ -22,18 +22,6 @@ def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
     return scale
 
 
-def grad_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """What an optimizer that steps now is going to divide its gradients by itself, as fused ones do; None if nothing."""
-    scale = getattr(optimizer, "grad_scale", None)
-    return scale if isinstance(scale, Tensor) else None
-
-
-def found_inf(optimizer: torch.optim.Optimizer) -> Tensor:
-    """What makes a fused optimizer that steps now leave out the update: not zero; empty for all other optimizers."""
-    found = getattr(optimizer, "found_inf", None)
-    return found if isinstance(found, Tensor) else torch.zeros(0)
-
-
 @dataclass(frozen=True, slots=True)
 class SkippedStep:
     """A step that the loop asked of its GradScaler, which left it out without the optimizer's hooks hearing of it.
@@ -48,10 +36,10 @@ class SkippedStep:
 
 
 class ScalerWatch:
-    """Finds out, after ``scaler.update()``, which steps the scaler has left out. It writes nothing and waits for nothing.
+    """Finds out, after ``scaler.update()``, which steps the scaler left out, without a write or a wait.
 
-    The scaler keeps what became of each optimizer in a mapping that ``update()`` replaces by an empty one. Whoever still
-    has the old one sees which optimizers were to step; those whose step hooks did not fire did not.
+    The scaler keeps what became of each optimizer in a mapping that ``update()`` replaces by an empty one. Whoever has
+    the old one still sees which optimizers were to step; those whose step hooks did not fire did not.
 
     Args:
         scaler: The scaler.
@@ -87,6 +75,20 @@ class ScalerWatch:
         """What happened so far is not looked at any more."""
         self._states = self._scaler._per_optimizer_states  # noqa: SLF001
         self._stepped.clear()
+
+
+def inside_step(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[Tensor | None, Tensor | None]:
+    """What a GradScaler hands to a fused step that is running: the scale still to be divided by, and the overflow.
+
+    None where there is nothing: such a step is the only one that starts although gradients are scaled or not finite.
+    """
+    found = [[getattr(one, name, None) for name in ("grad_scale", "found_inf")] for one in optimizers]
+    scale, overflow = zip(*found, strict=True)
+    return (_first(scale), _first(overflow))
+
+
+def _first(values: Iterable[Tensor | None]) -> Tensor | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _unscale_once(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:

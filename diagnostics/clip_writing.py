@@ -17,7 +17,7 @@ from torch import Tensor
 from diagnostics import statistics
 from diagnostics.clip_groups import GroupState
 from diagnostics.clip_state import ClipState, Limit, Member
-from diagnostics.norms import GradientNorms, NormReading, p_norm, shares
+from diagnostics.norms import GradientNorms, NormReading, p_norm, real_values, shares
 from diagnostics.records import ClipRecord
 
 
@@ -248,10 +248,7 @@ def _scale(reading: NormReading, norms: GradientNorms, coefficient: float) -> No
 
 @torch.no_grad()
 def _limit(gradient: Tensor, value: float) -> None:
-    if not gradient.is_sparse:
-        statistics.real_view(gradient).clamp_(-value, value)
-        return
-    once = gradient.coalesce()  # a row that is met several times counts with its sum
-    statistics.real_view(once.values()).clamp_(-value, value)
+    once = gradient.coalesce() if gradient.is_sparse else gradient  # a row met several times counts with its sum
+    real_values(once).clamp_(-value, value)
     if once is not gradient:
         gradient.copy_(once)

@@ -157,7 +157,7 @@ def _grouped(parameters: Any, by: str) -> tuple[list[Member], list[Tensor]]:
     """Where the parameters that have a gradient belong, and all parameters, out of what an optimizer takes."""
     if by == "optimizer":
         raise ValueError(
-            "rule must not clip by optimizer in clip_gradients, which knows none; got one: pass a Monitor it."
+            "rule must not clip by optimizer in clip_gradients, which knows none; got one: pass it to a Monitor."
         )
     members: dict[int, Member] = {}
     tensors: list[Any] = []

@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diagnostics import statistics
+from diagnostics.callback import Hook as _Hook
 from diagnostics.depth import Call, CallOrder, Owner
+from diagnostics.graph import Leaves, tensors_in
+from diagnostics.marks import Look, Marks, is_other, version
 
 _NO_BACKWARD = -1
 
@@ -47,7 +50,13 @@ class BackwardPass:
         leftover: 1-norm of those gradients at that moment; a norm without squares, so that none is too small for it.
         replaced: Those of them whose ``.grad`` was no longer the tensor that the step had spent.
         cleared: Parameters to which an earlier pass had added what no step has spent, and whose ``.grad`` was None.
+        before: A few gradients of earlier passes that no step has spent, as they were when the pass began.
+        touched: Whether somebody had written to those.
         accumulated: Parameters that the pass added to.
+        ends: The ones that it reached first and last.
+        after: Those two when the pass ended.
+        continued: Whether it is the rest of a pass in the middle of which a step was taken.
+        training: Whether a model was in training mode.
         outputs: Output gradients, in the order of the backward pass.
     """
 
@@ -55,38 +64,14 @@ class BackwardPass:
     leftover: Tensor = field(default_factory=lambda: torch.zeros(0))
     replaced: frozenset[int] = frozenset()
     cleared: frozenset[int] = frozenset()
+    before: Look = field(default_factory=Look)
+    touched: bool = False
     accumulated: set[int] = field(default_factory=set)
+    ends: tuple[int, ...] = ()
+    after: Look = field(default_factory=Look)
+    continued: bool = False
+    training: bool = True
     outputs: list[OutputGradient] = field(default_factory=list)
-
-
-class _Hook:
-    """A callable for torch to hold. A copy of a model (``deepcopy``, ``pickle``) carries a hook that does nothing."""
-
-    __slots__ = ("key", "note", "watcher")
-
-    def __init__(
-        self, watcher: Watcher | None = None, note: Callable[..., None] | None = None, key: int | Call = 0
-    ) -> None:
-        self.watcher = watcher
-        self.note = note
-        self.key = key
-
-    def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():  # traced, it would break the graph at every layer
-            return
-        watcher, note = self.watcher, self.note
-        if watcher is None or note is None or not watcher.listening:
-            return
-        try:
-            note(self.key, *args)
-        except Exception as error:  # noqa: BLE001 -- an exception here would end the user's backward, or hang other ranks
-            watcher.failed(error)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return (_Hook, ())
 
 
 class Watcher:
@@ -103,6 +88,8 @@ class Watcher:
         timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
         orders: Order of calls by model.
         overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
+        ran: Owners that were called with gradients enabled since somebody emptied the set; looked at while recording.
+        leaves: What the models' first forward passes used.
         failure: The exception that switched the Watcher off.
     """
 
@@ -119,12 +106,16 @@ class Watcher:
         self.timeline: list[Any] = []
         self.orders = [CallOrder() for _ in models]
         self.overdue: Callable[[], Sequence[Any]] = tuple
+        self.ran: set[int] = set()
+        self.leaves = [Leaves() for _ in models]
         self.failure: Exception | None = None
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._spent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unspent: set[int] = set()
+        self._marks = Marks(self._gradient)
+        self._models = [weakref.ref(model) for model in models.values()]
         self._sentinels: set[int] = set()
         self._first: int | None = None
         self._running: list[int] = []
@@ -151,29 +142,29 @@ class Watcher:
     def watch_steps(
         self,
         optimizer: torch.optim.Optimizer,
-        before: Callable[[torch.optim.Optimizer], None],
-        after: Callable[[torch.optim.Optimizer], None],
+        before: Callable[[torch.optim.Optimizer, bool], None],
+        after: Callable[[torch.optim.Optimizer, bool], None],
     ) -> None:
         """Calls two methods back at the beginning and the end of ``optimizer.step()``, as long as their object lives.
 
-        A nested ``super().step()`` is one step.
+        They are told whether the step was given a closure. A nested ``super().step()`` is one step.
         """
         depth = 0
         weakly_before, weakly_after = weakref.WeakMethod(before), weakref.WeakMethod(after)
 
-        def begins(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        def begins(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal depth
             depth += 1
             call = weakly_before()
             if depth == 1 and self.listening and call is not None:
-                call(stepping)
+                call(stepping, _has_closure(args, kwargs))
 
-        def ends(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        def ends(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal depth
             depth = max(0, depth - 1)
             call = weakly_after()
             if depth == 0 and self.listening and call is not None:
-                call(stepping)
+                call(stepping, _has_closure(args, kwargs))
 
         self._handles.append(optimizer.register_step_pre_hook(begins))
         self._handles.append(optimizer.register_step_post_hook(ends))
@@ -183,12 +174,18 @@ class Watcher:
         for index in indices:
             parameter = self._parameters[index]()
             self._unspent.discard(index)
+            self._marks.forget(index)
             if parameter is not None and parameter.grad is not None:
-                self._spent[index] = (weakref.ref(parameter.grad), _version(parameter.grad))
+                self._spent[index] = (weakref.ref(parameter.grad), version(parameter.grad))
 
     def drain(self) -> list[Any]:
         """The timeline since the last call; the next step begins a new one."""
-        self._settle()
+        if _graph_task() == _NO_BACKWARD:
+            self._settle()
+        elif self._current.accumulated:  # a step inside the backward pass spends what the pass has made so far
+            self.timeline.append(self._current)
+            self._unspent |= self._current.accumulated
+            self._current = BackwardPass(continued=True, training=self._current.training)
         self._end_traces()
         self.timeline += self.overdue()
         timeline, self.timeline = self.timeline, []
@@ -199,8 +196,11 @@ class Watcher:
         spent, parameter = self._spent.get(index), self._parameters[index]()
         if spent is None or parameter is None or parameter.grad is None:
             return False
-        tensor, version = spent
-        return parameter.grad is not tensor() or _version(parameter.grad) != version
+        return is_other(parameter.grad, *spent)
+
+    def cleared(self) -> frozenset[int]:
+        """Parameters to which a pass has added what no step has spent, and whose ``.grad`` is None by now."""
+        return frozenset(index for index in self._unspent if self._gradient(index) is None)
 
     def failed(self, error: Exception) -> None:
         """Switches all hooks off; the first reason is kept."""
@@ -227,16 +227,23 @@ class Watcher:
 
     def _watch_forward(self, models: Mapping[str, nn.Module]) -> None:
         for root, model in enumerate(models.values()):
-            self._handles.append(model.register_forward_pre_hook(_Hook(self, self._root_begins, root)))
+            self._handles.append(
+                model.register_forward_pre_hook(_Hook(self, self._root_begins, root), with_kwargs=True)
+            )
+            self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
         for index, owner in enumerate(self._owners):
             module = owner.module()
             if module is not None:
                 self._handles.append(module.register_forward_hook(_Hook(self, self._after_call, index)))
 
-    def _root_begins(self, root: int, *_: Any) -> None:
+    def _root_begins(self, root: int, _module: nn.Module, *arguments: Any) -> None:
+        self.leaves[root].begins(arguments)
         if self.recording and _graph_task() == _NO_BACKWARD:
             self._settle()
             self._begin_trace(root)
+
+    def _root_ends(self, root: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.leaves[root].ends(output)
 
     def _after_call(self, index: int, _module: nn.Module, _args: Any, output: Any) -> None:
         if not self.recording:
@@ -259,7 +266,7 @@ class Watcher:
             call = (index, 0)
             if call in self._attached:
                 return
-        for tensor in _tensors_in(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 self._attached.add(call)
                 tensor.register_hook(_Hook(self, self._output_gradient, call))  # type: ignore[no-untyped-call]
@@ -274,6 +281,7 @@ class Watcher:
 
     def _end_trace(self, root: int) -> None:
         self.orders[root].extend(self._traces[root])
+        self.ran.update(index for index, _ in self._traces[root])
         self._traces[root] = []
         self._attached = {call for call in self._attached if self._owners[call[0]].root != root}
 
@@ -299,6 +307,7 @@ class Watcher:
         if not current.accumulated and index not in self._sentinels:
             self._first = index
         current.accumulated.add(index)
+        current.ends = (*current.ends[:1], index)
 
     def _post_sentinel(self) -> None:
         """Has the parameter that a pass reached first tell of the next one before it accumulates.
@@ -338,6 +347,7 @@ class Watcher:
 
     def _finish_pass(self) -> None:
         if self._current.accumulated:  # autograd.grad accumulates into nobody, and its output gradients do not count
+            self._current.after = self._marks.note(self._current.ends)
             self.timeline.append(self._current)
             self._unspent |= self._current.accumulated
             self._post_sentinel()
@@ -346,8 +356,10 @@ class Watcher:
 
     def _look(self) -> BackwardPass:
         """What is in ``.grad`` before a pass adds to it: what a step has spent, or nothing where something was."""
-        cleared = frozenset(index for index in self._unspent if self._gradient(index) is None)
+        cleared = self.cleared()
         self._unspent -= cleared
+        before, touched = self._marks.check()
+        found = BackwardPass(cleared=cleared, before=before, touched=touched, training=self._training())
         held: dict[int, Tensor] = {}
         for index in list(self._spent):
             gradient = self._gradient(index)
@@ -356,10 +368,15 @@ class Watcher:
             else:
                 held[index] = gradient
         if not held:
-            return BackwardPass(cleared=cleared)
-        replaced = [index for index, gradient in held.items() if self._spent[index][0]() is not gradient]
-        leftover = statistics.parameter_norms([*held.values()], 1.0)
-        return BackwardPass(tuple(held), leftover, frozenset(replaced), cleared)
+            return found
+        found.held = tuple(held)
+        found.leftover = statistics.parameter_norms([*held.values()], 1.0)
+        found.replaced = frozenset(index for index, gradient in held.items() if self._spent[index][0]() is not gradient)
+        return found
+
+    def _training(self) -> bool:
+        models = [model() for model in self._models]
+        return any(model is not None and model.training for model in models)
 
     def _gradient(self, index: int) -> Tensor | None:
         parameter = self._parameters[index]()
@@ -371,16 +388,5 @@ def _graph_task() -> int:
     return int(torch._C._current_graph_task_id())  # noqa: SLF001 -- torch has no public name for it
 
 
-def _version(tensor: Tensor) -> int:
-    return int(tensor._version)  # noqa: SLF001 -- documented under "in-place correctness checks"; no public name
-
-
-def _tensors_in(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors_in(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors_in(value)
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)

@@ -15,7 +15,8 @@ from datetime import datetime, timezone
 from typing import Any
 
 from diagnostics import diagnosis
-from diagnostics.contract import Backward, Clip, Contract, Step
+from diagnostics.acts import Backward, Clip, Closing, Moved, Step
+from diagnostics.contract import Contract
 from diagnostics.diagnosis import Thresholds
 from diagnostics.options import Options
 from diagnostics.records import (
@@ -85,12 +86,14 @@ class Ledger:
         """The run in one sentence."""
         return diagnosis.verdict(self._state, self.violations, self._thresholds)
 
-    def note(self, fact: Backward | Clip) -> None:
-        """Takes what the loop did between two steps."""
+    def note(self, fact: Backward | Clip | Moved) -> None:
+        """Takes what the loop did between two steps, and what is only now known of an earlier one."""
         if isinstance(fact, Backward):
             self._contract.backward(fact)
-        else:
+        elif isinstance(fact, Clip):
             self._found += self._contract.clip(fact)
+        else:
+            self._found += self._contract.moved(fact)
 
     def enter(self, record: StepRecord, fact: Step | None) -> StepRecord:
         """Takes a step; returns its record with violations and diagnoses. Without a fact the rules do not see it."""
@@ -121,9 +124,9 @@ class Ledger:
         """Warns at the user's line."""
         warnings.warn(text, DiagnosticsWarning, stacklevel=_frames_to_the_user())
 
-    def close(self, status: str, error: str | None) -> None:
+    def close(self, status: str, error: str | None, fact: Closing | None = None) -> None:
         """Hands on what is left and says how the run ended."""
-        late = (*self._found, *self._contract.close())
+        late = (*self._found, *self._contract.close(fact or Closing(finished=status == "finished")))
         self._hand_on()
         for violation in late:
             self._tell(violation)

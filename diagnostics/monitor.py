@@ -8,38 +8,36 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diagnostics import amp, contract, diagnosis, statistics
+from diagnostics import amp, diagnosis, statistics
 from diagnostics.clip_writing import Clipping
 from diagnostics.clipping import rule_of, tensors_of
+from diagnostics.contract import Contract
 from diagnostics.diagnosis import Thresholds
+from diagnostics.facts import Facts
+from diagnostics.guarding import Guarded
 from diagnostics.hooks import BackwardPass, Watcher
 from diagnostics.ledger import Ledger, ending, is_alarm
-from diagnostics.observation import Catalogue, Observation, Seen
+from diagnostics.observation import Catalogue, Observation, Seen, see
 from diagnostics.options import Clip, Options, models_of, one_number, optimizers_of
 from diagnostics.records import (
     ClipRecord,
-    ContractError,
-    DiagnosisError,
-    DiagnosticsWarning,
     NonFiniteGradientError,
     RunInfo,
     StepRecord,
 )
 from diagnostics.resuming import Resumable
-from diagnostics.schedule import Schedule, Units
+from diagnostics.schedule import LostStep, Schedule, Units
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
 from diagnostics.unit import Unit
 
-Lost: TypeAlias = tuple[Unit, Sequence[BackwardPass], statistics.Reading]
 
-
-class Monitor(Resumable):
+class Monitor(Guarded, Resumable):
     """Watches a training loop: gradients by depth, clipping, the loop's own rules.
 
     Args:
@@ -106,12 +104,9 @@ class Monitor(Resumable):
         self._own_clip: ClipRecord | None = None
         self._own_step: Seen | None = None
         self._zeros: AbstractSet[int] = frozenset()
-        self._inside = False
-        self._closed = False
-        self._told_failure = False
         self._ledger = Ledger(
             run or RunInfo(name=type(next(iter(models.values()))).__name__),
-            contract.Contract(self._catalogue.names),
+            Contract(self._catalogue.names, accumulate),
             fanout,
             self._options,
             thresholds or Thresholds(),
@@ -121,6 +116,7 @@ class Monitor(Resumable):
         self._scaler_watch = None if self._scaler is None else amp.ScalerWatch(self._scaler, stepping)
         if self._scaler_watch is not None:
             self._watcher.overdue = self._scaler_watch.look
+        self._facts = Facts(models, self._catalogue, self._watcher, self._reader, self._units.all)
         for optimizer in stepping:
             self._watcher.watch_steps(optimizer, self._own_step_begins, self._own_step_ends)
 
@@ -168,7 +164,9 @@ class Monitor(Resumable):
             seen, skipped = self._step_with_closure(unit, closure), False
         if optimizer is None and self._scaler is not None:
             self._scaler.update()
-        record = self._conclude(unit, seen, skipped=skipped, numbers=numbers, metrics=list(metrics or ()))
+        record = self._conclude(
+            unit, seen, skipped=skipped, closure=closure is not None, numbers=numbers, metrics=list(metrics or ())
+        )
         if skipped and self._options.nonfinite == "raise" and self._scaler is None:
             raise NonFiniteGradientError(
                 f"Step {record.step} was not taken, since its gradients are not finite (total norm "
@@ -228,47 +226,47 @@ class Monitor(Resumable):
             The total norm before clipping, 0-dim, as :func:`diagnostics.clip_grad_norm_` returns it.
         """
         self._refuse_if_closed("clip_grad_norm_")
-        owners, gradients = statistics.gradients_of(tensors_of(parameters))
+        given = tensors_of(parameters)
+        owners, gradients = statistics.gradients_of(given)
         self._watcher.adopt(self._catalogue.adopt(owners))
         clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), statistics.Reader())
         clipping.settle()
         self._own_clip = clipping.clip()
-        indices = [self._catalogue.index(owner) for owner in owners]
-        self._watcher.timeline.append(contract.Clip(dict(zip(indices, clipping.by_gradient, strict=True))))
+        self._watcher.timeline.append(self._facts.clip(given, owners, clipping.by_gradient, self._own_clip))
         return clipping.tensor()
 
-    def _own_step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+    def _own_step_begins(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
         if self._scaler_watch is not None:
             self._scaler_watch.stepped(optimizer)
+        if not (self._inside or self._closed or closure):  # a closure makes its gradients inside the step
+            with self._harmless():
+                self._own_step = self._see_own_step(self._units.of(optimizer))
+
+    def _own_step_ends(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
         if self._inside or self._closed:
             return
         with self._harmless():
-            found_inf = self._reader.ask(amp.found_inf(optimizer))
-            observation = self._observe(self._units.of(optimizer), still_scaled=amp.grad_scale(optimizer))
-            skipped = any(found_inf.values)
-            seen = observation.clipping.clip(write=False)
-            own, self._own_clip = self._own_clip, None
-            if own is None or not own.applied:
-                self._own_step = Seen(observation, seen, skipped=skipped)
-            else:
-                merged = replace(own, total_norm_after=seen.total_norm, shares=seen.shares)
-                self._own_step = Seen(observation, merged, own.total_norm_after / own.total_norm, skipped)
+            unit = self._units.of(optimizer)
+            seen, self._own_step = self._own_step, None
+            if seen is None and closure:
+                seen = self._see_own_step(unit, late=True)
+            if seen is not None:
+                self._say(self._conclude(unit, seen, skipped=seen.observation.skipped, closure=closure))
 
-    def _own_step_ends(self, optimizer: torch.optim.Optimizer) -> None:
-        seen, self._own_step = self._own_step, None
-        if seen is not None:
-            with self._harmless():
-                self._say(self._conclude(self._units.of(optimizer), seen, skipped=seen.skipped))
+    def _see_own_step(self, unit: Unit, *, late: bool = False) -> Seen:
+        observation = self._observe(unit)
+        own, self._own_clip = self._own_clip, None
+        return see(observation, own, late=late)
 
     # what a step is made of
 
-    def _observe(self, unit: Unit, *, recorded: bool | None = None, still_scaled: Tensor | None = None) -> Observation:
+    def _observe(self, unit: Unit, *, recorded: bool | None = None) -> Observation:
         """Asks for everything that the step needs, reads it by one copy, and notes what went before."""
         events = self._watcher.drain()
         self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
         passes = [event for event in events if isinstance(event, BackwardPass)]
-        leftovers = [self._reader.ask(one.leftover) for one in passes]
-        lost = self._collect(events)
+        facts = self._facts.ask([event for event in events if not isinstance(event, amp.SkippedStep)])
+        lost = self._ask_lost(events)
         if passes and events[-1] is passes[-1]:
             self._own_clip = None  # more came in after it, so it does not tell what the step spends
         observation = Observation(
@@ -279,34 +277,20 @@ class Monitor(Resumable):
             recorded=self._watcher.recording if recorded is None else recorded,
             loss_scale=None if self._scaler is None else amp.loss_scale(self._scaler),
             zeros=self._zeros,
-            still_scaled=still_scaled,
         )
         observation.settle()
         self._zeros = observation.zeros
-        readings = iter(leftovers)
-        for event in events:
-            if isinstance(event, BackwardPass):
-                leftover = dict(zip(event.held, next(readings).values, strict=True))
-                self._ledger.note(contract.Backward(frozenset(event.accumulated), leftover, event.replaced))
-            elif isinstance(event, contract.Clip):
-                self._ledger.note(event)
+        for fact in facts():
+            self._ledger.note(fact)
         self._enter_lost(lost)
         return observation
 
-    def _collect(self, events: Sequence[Any]) -> list[Lost]:
-        """Gives optimizers their backward passes; returns the steps that the GradScaler has left out in between."""
-        lost: list[Lost] = []
-        for event in events:
-            if isinstance(event, BackwardPass):
-                self._units.collect([event])
-            elif isinstance(event, amp.SkippedStep):
-                unit = self._units.of(event.optimizer)
-                lost.append((unit, self._units.take(unit), self._reader.ask(event.scale)))
-        return lost
+    def _ask_lost(self, events: Sequence[Any]) -> list[tuple[LostStep, statistics.Reading]]:
+        return [(one, self._reader.ask(one.scale)) for one in self._units.collect(events)]
 
-    def _enter_lost(self, lost: Sequence[Lost]) -> None:
-        for unit, passes, scale in lost:
-            self._say(self._ledger.enter(unit.skip(passes, scale.values[0]), None))
+    def _enter_lost(self, lost: Sequence[tuple[LostStep, statistics.Reading]]) -> None:
+        for one, scale in lost:
+            self._say(self._ledger.enter(one.unit.skip(one.passes, scale.values[0]), None))
 
     def _conclude(
         self,
@@ -314,12 +298,14 @@ class Monitor(Resumable):
         seen: Seen,
         *,
         skipped: bool,
+        closure: bool = False,
         numbers: Sequence[statistics.Reading] = (),
         metrics: Sequence[str] = (),
     ) -> StepRecord:
         """After the step: asks what it did to the weights, makes the record, and sees to the next step."""
         observation = seen.observation
-        observation.moved()
+        if not seen.late:
+            observation.moved()
         table = self._catalogue.layers(self._watcher, unit.home)
         layers = observation.layers(table, seen.clip_factor)
         clipped, quantiles = unit.count(seen.clip.total_norm, clipped=seen.clip.applied)
@@ -338,45 +324,16 @@ class Monitor(Resumable):
             fit=diagnosis.fit_depth(layers.before_step) if observation.recorded else None,
             recorded=observation.recorded,
         )
-        record = self._ledger.enter(record, observation.fact(record, self._watcher.rewritten))
+        record = self._ledger.enter(record, self._facts.step(observation, record, unit, closure=closure))
         if not skipped:
             observation.clipping.enter(seen.clip.total_norm)
             self._watcher.spend(observation.indices)
+        if record.recorded and not (skipped or closure):
+            self._facts.moved(observation, record)
         if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
             self._schedule.alarm(record.step)
         self._watcher.recording = self._due()
         return record
-
-    def _refuse_if_closed(self, method: str) -> None:
-        if self._closed:
-            raise RuntimeError(f"{method} needs an open Monitor; this one is closed: make a new one.")
-
-    def _say(self, record: StepRecord) -> None:
-        if self._watcher.failure is not None and not self._told_failure:
-            self._told_failure = True
-            self._ledger.warn(_switched_off("A hook", self._watcher.failure))
-        self._ledger.announce(record)
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        """Steps inside are ours: the step hooks need not look."""
-        self._inside = True
-        try:
-            yield
-        finally:
-            self._inside = False
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        """What goes wrong in here ends the watching and not the user's step, unless the user asked for it."""
-        try:
-            yield
-        except (ContractError, DiagnosisError, DiagnosticsWarning):
-            raise
-        except Exception as error:  # noqa: BLE001 -- whatever it is, it is ours
-            self._watcher.failed(error)
-            self._told_failure = True
-            self._ledger.warn(_switched_off("Watching", error))
 
     # what is known
 
@@ -409,11 +366,13 @@ class Monitor(Resumable):
             return
         self._closed = True
         events = self._watcher.drain()
-        for clipped in (event for event in events if isinstance(event, contract.Clip)):
-            self._ledger.note(clipped)
-        self._enter_lost(self._collect(events))
+        lost = self._ask_lost(events) if status == "finished" else []
+        facts, last = self._facts.closing([event for event in events if not isinstance(event, amp.SkippedStep)], status)
+        for fact in facts:
+            self._ledger.note(fact)
+        self._enter_lost(lost)
         self._watcher.remove()
-        self._ledger.close(status, error)
+        self._ledger.close(status, error, last)
 
     def __enter__(self) -> Monitor:  # noqa: PYI034 -- typing.Self came with Python 3.11
         return self
@@ -422,7 +381,3 @@ class Monitor(Resumable):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(*ending(error))
-
-
-def _switched_off(what: str, error: Exception) -> str:
-    return f"{what} failed and was switched off ({type(error).__name__}: {error}); training goes on."

@@ -67,7 +67,7 @@ class NormReading:
         self.norm_type = norm_type
         self.max_norm = max_norm
         self._norms = statistics.parameter_norms(gradients, norm_type)
-        self._beyond = None if clip_value is None else statistics.beyond(gradients, clip_value)
+        self._beyond = None if clip_value is None else beyond(gradients, clip_value)
         self.total = statistics.total_norm(self._norms, norm_type)
         self.coefficient = None if max_norm is None else max_norm / (self.total + EPSILON)
 
@@ -130,6 +130,44 @@ class NormReading:
         """The norms of the gradients, and the flags."""
         head = 1 if self.max_norm is None else 2
         return values[head : head + len(self.gradients)], values[head + len(self.gradients) :]
+
+
+@torch.no_grad()
+def beyond(gradients: Sequence[Tensor], value: float) -> Tensor:
+    """Which gradients have an element whose magnitude is above a value, in the arithmetic of their own dtype.
+
+    Of complex gradients the real and the imaginary part are looked at, each by itself.
+
+    Returns:
+        Shape ``[len(gradients)]``, boolean.
+
+    Example:
+        >>> beyond([torch.tensor([0.3, -0.1]), torch.tensor([0.3, -0.4])], 0.3)
+        tensor([False,  True])
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    values = [real_values(gradient) for gradient in gradients]
+    for place, part in enumerate(values):
+        if part.numel():
+            groups.setdefault((part.device, part.dtype), []).append(place)
+    found = torch.zeros(len(values), dtype=torch.bool, device=values[0].device if values else None)
+    for (device, _), places in groups.items():
+        marks = torch.stack([_peak(values[place]) for place in places]) > value
+        if len(places) == len(values):
+            return marks
+        found = found.to(device).index_copy(0, torch.tensor(places, device=device), marks)
+    return found
+
+
+def real_values(gradient: Tensor) -> Tensor:
+    """What a gradient holds, as real numbers: a sparse one's coalesced values, pairs of numbers for a complex one."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
+def _peak(values: Tensor) -> Tensor:
+    low, high = torch.aminmax(values)
+    return torch.maximum(high, -low)
 
 
 def shares(norms: Sequence[float], total: float, norm_type: float) -> tuple[float, ...]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from diagnostics import statistics
-from diagnostics.assembly import OUTSIDE, Piece, Sampled, layer_records, piece, update_ratios
+from diagnostics import amp, statistics
+from diagnostics.acts import NOBODY
+from diagnostics.assembly import OUTSIDE, Piece, Sampled, Update, layer_records, piece, update_ratios
 from diagnostics.clip_groups import GroupState
 from diagnostics.clip_writing import Clipping
-from diagnostics.contract import Step
 from diagnostics.depth import Call, find_owners, layer_table
 from diagnostics.hooks import BackwardPass, Watcher
-from diagnostics.records import ClipRecord, Layer, LayerRecord, Layers, StepRecord
+from diagnostics.records import ClipRecord, Layer, LayerRecord, Layers
 from diagnostics.unit import Unit
 
 
@@ -63,6 +63,29 @@ class Catalogue:
         """The name of a known parameter."""
         return self.names[self.index(tensor)]
 
+    def known(self, tensors: Iterable[Tensor]) -> Iterator[int]:
+        """The indices of those that are known."""
+        return (index for tensor in tensors if (index := self._index.get(id(tensor))) is not None)
+
+    def tensor(self, index: int) -> Tensor | None:
+        """The parameter of an index, if it still lives."""
+        return self._tensors[index]()
+
+    def is_inside(self, index: int) -> bool:
+        """Whether a model has the parameter."""
+        return index < self._inside
+
+    def foreign(self, tensors: Iterable[Tensor]) -> frozenset[int]:
+        """Those that no model has."""
+        if len(self.names) == self._inside:
+            return NOBODY
+        return frozenset(index for index in self.known(tensors) if index >= self._inside)
+
+    def parameters_of(self, owners: Iterable[int]) -> frozenset[int]:
+        """The parameters of some owners."""
+        places = {name: place for place, name in enumerate(self.names)}
+        return frozenset(places[name] for owner in owners for name in self.owners[owner].parameters)
+
     def home(self, tensors: Sequence[Tensor]) -> int | None:
         """Which model all these parameters belong to; None if there is no single one."""
         names = [self.names[self._index[id(tensor)]] for tensor in tensors if id(tensor) in self._index]
@@ -98,19 +121,28 @@ class Catalogue:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A step before its record: what was measured, and what clipping did and had done before that.
+    """A step before its record.
 
     Attributes:
         observation: What was measured.
         clip: What clipping did.
         clip_factor: What the gradients had been multiplied by before they were measured.
-        skipped: Whether a fused optimizer leaves out the update, as its GradScaler told it.
+        late: Whether that was after the step, whose closure made the gradients inside it.
     """
 
     observation: Observation
     clip: ClipRecord
     clip_factor: float = 1.0
-    skipped: bool = False
+    late: bool = False
+
+
+def see(observation: Observation, own: ClipRecord | None, *, late: bool = False) -> Seen:
+    """A step that the loop takes itself, with the clip of its own that came before it."""
+    found = observation.clipping.clip(write=False)
+    if own is None or not own.applied:
+        return Seen(observation, found, late=late)
+    merged = replace(own, total_norm_after=found.total_norm, shares=found.shares)
+    return Seen(observation, merged, own.total_norm_after / own.total_norm, late)
 
 
 class Observation:
@@ -126,7 +158,6 @@ class Observation:
         recorded: Whether to take more than norms.
         zeros: Gradients that were exactly zero when last looked at closely; their norm of 0 is then believed.
         loss_scale: The AMP loss scale, which output gradients are divided by; None without a scaler.
-        still_scaled: The AMP loss scale that the weight gradients are still multiplied by; None if they are not.
     """
 
     def __init__(
@@ -139,17 +170,18 @@ class Observation:
         recorded: bool,
         loss_scale: Tensor | None = None,
         zeros: AbstractSet[int] = frozenset(),
-        still_scaled: Tensor | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.reader = reader
         self.recorded = recorded
         self._zeros = zeros
         self.passes = list(passes)
-        held = unit.parameters()
+        self.held = held = unit.parameters()
         self._rates = [reader.ask(lr) if isinstance(lr, Tensor) else float(lr) for lr in unit.learning_rates()]
         parameters, self.gradients = statistics.gradients_of(held)
         self.indices = [catalogue.index(parameter) for parameter in parameters]
+        still_scaled, overflow = amp.inside_step(unit.optimizers)
+        self._overflow = None if overflow is None else reader.ask(overflow)
         members = unit.members(parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
         self.clipping = Clipping(
             self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
@@ -162,12 +194,19 @@ class Observation:
         self._held = list(held) if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
         self._weights = reader.ask(statistics.parameter_norms(self._before))
+        self._sampled_peaks = reader.ask(statistics.sampled_peaks(self._held)) if recorded else None
+        self._places = unit.rate_places(self._held)
         self._moved: statistics.Reading | None = None
 
     @property
     def loss_scale(self) -> float:
         """The loss scale; 1.0 without a scaler."""
         return 1.0 if self._scale is None else self._scale.values[0]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a fused step finds an overflow, which makes it leave everything as it is."""
+        return self._overflow is not None and self._overflow.values[0] != 0
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
@@ -177,12 +216,12 @@ class Observation:
     def settle(self) -> None:
         """Reads everything that was asked for; a second time for what fp32 may not have held."""
         self.clipping.settle(lambda place: self.indices[place] in self._zeros)
-        self._by_gradient = self.clipping.by_gradient
+        self.by_gradient = self.clipping.by_gradient
 
     @property
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
-        return {index for index, norm in zip(self.indices, self._by_gradient, strict=True) if norm == 0}
+        return {index for index, norm in zip(self.indices, self.by_gradient, strict=True) if norm == 0}
 
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""
@@ -221,14 +260,30 @@ class Observation:
         share = {self.catalogue.names[index]: part for index, part in zip(self.indices, by_parameter, strict=True)}
         return tuple(math.fsum(share[name] for name in layer.parameters if name in share) for layer, _ in chosen)
 
-    def fact(self, record: StepRecord, rewritten: Callable[[int], bool]) -> Step:
-        """The step as the contract sees it."""
-        norms = dict(zip(self.indices, self._by_gradient, strict=True))
-        changed = frozenset(index for index in norms if rewritten(index))
-        after = record.clip.total_norm_after
-        limit = self.clipping.limit
-        declared = None if limit is None else limit.max_norm
-        return Step(record.optimizer, record.step, norms, changed, after, declared, record.skipped)
+    def standing(self) -> Callable[[], tuple[set[int], dict[int, bool]]]:
+        """Which weights the step moved, and which it left though it should not have; made from numbers alone, later.
+
+        See :class:`diagnostics.acts.Moved`. Gradient and value are looked at in the same sample.
+        """
+        assert self._moved is not None
+        assert self._sampled_peaks is not None
+        moved, peaks, norms = self._moved, self._sampled_peaks.values, self._weights.values
+        known = []
+        for tensor, rate, peak, norm in zip(self._held, self._rate_of_each(), peaks, norms, strict=True):
+            rms = norm / math.sqrt(max(1, min(tensor.numel(), statistics.UPDATE_SAMPLE)))
+            known.append((self.catalogue.index(tensor), Update(rate, peak, rms, statistics.resolution(tensor.dtype))))
+
+        def told() -> tuple[set[int], dict[int, bool]]:
+            pairs = list(zip(known, moved.values, strict=True))
+            changed = {index for (index, _), distance in pairs if distance != 0}
+            still = {index: update.lost for (index, update), distance in pairs if distance == 0 and update.expected}
+            return changed, still
+
+        return told
+
+    def _rate_of_each(self) -> list[float]:
+        rates = self.learning_rates
+        return [rates[place] if place < len(rates) else 0.0 for place in self._places]
 
     def _sampled(self) -> dict[str, Sampled]:
         sampled = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from diagnostics.amp import SkippedStep
 from diagnostics.clip_groups import ClipByGroup
 from diagnostics.clip_rules import ClipRule, Measure
 from diagnostics.hooks import BackwardPass
@@ -19,6 +21,14 @@ from diagnostics.unit import Unit
 FIRST_RECORDED = 50
 DENSE_AFTER_ALARM = 20
 _PENDING_PASSES = 256
+
+
+class LostStep(NamedTuple):
+    """A step that a GradScaler left out: of whom, the passes that it would have spent, and the scale at fault."""
+
+    unit: Unit
+    passes: list[BackwardPass]
+    scale: Tensor
 
 
 class Units:
@@ -62,8 +72,23 @@ class Units:
         """The units that have stepped; all together as long as none has."""
         return [unit for unit in self.all if unit.step] or [self.together]
 
-    def collect(self, passes: Sequence[BackwardPass]) -> None:
-        """Gives each unit the backward passes into its parameters, less those whose gradients were cleared unspent."""
+    def collect(self, events: Sequence[Any]) -> list[LostStep]:
+        """Gives each unit the backward passes into its parameters; returns the steps that a GradScaler left out."""
+        passes: list[BackwardPass] = []
+        lost = []
+        for event in events:
+            if isinstance(event, BackwardPass):
+                passes.append(event)
+            elif isinstance(event, SkippedStep):
+                self._collect(passes)
+                passes = []
+                unit = self.of(event.optimizer)
+                lost.append(LostStep(unit, self.take(unit), event.scale))
+        self._collect(passes)
+        return lost
+
+    def _collect(self, passes: Sequence[BackwardPass]) -> None:
+        """Likewise, less those whose gradients were cleared unspent."""
         for unit in self.all if passes else ():
             own = self._own(unit)
             for one in passes:

@@ -152,6 +152,37 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
     return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
 
 
+@torch.no_grad()
+def sampled_peaks(parameters: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of every parameter's gradient in a sample of it; 0 where there is none to look at.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.tensor([1.0, -3.0])
+        >>> sampled_peaks([weight, torch.nn.Parameter(torch.zeros(1))])
+        tensor([3., 0.])
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    seen = [place for place, gradient in enumerate(gradients) if gradient is not None and not gradient.is_sparse]
+    if not seen:
+        return torch.zeros(len(gradients))
+    found = parameter_norms(
+        [sample(one, UPDATE_SAMPLE) for one in (gradients[i] for i in seen) if one is not None], math.inf
+    )
+    if len(seen) == len(gradients):
+        return found
+    return found.new_zeros(len(gradients)).index_copy(0, torch.tensor(seen, device=found.device), found)
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Relative distance of neighbouring numbers.
+
+    Example:
+        >>> resolution(torch.bfloat16)
+        0.0078125
+    """
+    return torch.finfo(dtype).eps
+
+
 class Parts(NamedTuple):
     """A gradient that will soon be gone, in few kernels; :func:`profiles` does the rest for many of them at once."""
 
@@ -223,33 +254,6 @@ def peaks(gradients: Sequence[Tensor]) -> Tensor:
         place: torch.maximum(value.amax(), -value.amin()) for place, value in enumerate(values) if place not in found
     }
     return pack([found[place] if place in found else both[place] for place in range(len(values))])
-
-
-@torch.no_grad()
-def beyond(gradients: Sequence[Tensor], value: float) -> Tensor:
-    """Which gradients have an element whose magnitude is above a value, in the arithmetic of their own dtype.
-
-    Of complex gradients the real and the imaginary part are looked at, each by itself.
-
-    Returns:
-        Shape ``[len(gradients)]``, boolean.
-
-    Example:
-        >>> beyond([torch.tensor([0.3, -0.1]), torch.tensor([0.3, -0.4])], 0.3)
-        tensor([False,  True])
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    values = [real_view(_dense(gradient)) for gradient in gradients]
-    for place, part in enumerate(values):
-        if part.numel():
-            groups.setdefault((part.device, part.dtype), []).append(place)
-    found = torch.zeros(len(values), dtype=torch.bool, device=values[0].device if values else None)
-    for (device, _), places in groups.items():
-        marks = torch.stack([_peak(values[place]) for place in places]) > value
-        if len(places) == len(values):
-            return marks
-        found = found.to(device).index_copy(0, torch.tensor(places, device=device), marks)
-    return found
 
 
 @torch.no_grad()
@@ -353,16 +357,6 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float64, or complex128 for a complex dtype."""
     return torch.complex128 if dtype.is_complex else torch.float64
-
-
-def real_view(tensor: Tensor) -> Tensor:
-    """A complex tensor's memory as pairs of real numbers; any other tensor as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _peak(values: Tensor) -> Tensor:
-    low, high = torch.aminmax(values)
-    return torch.maximum(high, -low)
 
 
 def _dense(tensor: Tensor) -> Tensor:

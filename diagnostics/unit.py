@@ -51,6 +51,12 @@ class Unit:
         """One per parameter group, as the optimizer holds them."""
         return [group["lr"] for one in self.optimizers for group in one.param_groups if "lr" in group]
 
+    def rate_places(self, parameters: Sequence[Tensor]) -> list[int]:
+        """For each parameter the place of its group's learning rate; one behind the last where it has none."""
+        groups = [group for one in self.optimizers for group in one.param_groups if "lr" in group]
+        places = {id(parameter): place for place, group in enumerate(groups) for parameter in group["params"]}
+        return [places.get(id(parameter), len(groups)) for parameter in parameters]
+
     def members(self, parameters: Sequence[Tensor], name: Callable[[Tensor], str]) -> list[Member]:
         """Where parameters belong: their name, their optimizer and its parameter group."""
         found = {}
