@@ -222,7 +222,7 @@ def test_clipping_scaled_gradients_is_found_by_the_norm_that_is_left_of_them(kno
                 optimizer,
                 monitor,
                 scaler,
-                lambda parameters, _: monitor.clip_grad_norm_(parameters, MAX_NORM),  # noqa: B023
+                lambda parameters, _: monitor.clip_grad_norm_(parameters, MAX_NORM),
                 unscale=unscale,
             )
         assert rules(monitor) == ([] if unscale else [("clip_scaled_grads", 0)])

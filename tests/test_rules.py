@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from diagnostics import ClipByNorm, Monitor
+from diagnostics import Monitor
 
 STEPS = 5
 EVERYTHING = ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias")
