@@ -30,7 +30,8 @@ _HOMES = {
         "Violation",
     ],
     "clipping": ["ClipByNorm", "clip_grad_norm_", "clip_gradients"],
-    "diagnosis": ["Thresholds", "diagnose"],
+    "thresholds": ["Thresholds"],
+    "diagnosis": ["diagnose"],
     "monitor": ["Monitor"],
     "runlog": ["Run", "read_run"],
     "sinks": ["Sink"],
@@ -64,7 +65,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from diagnostics.clipping import ClipByNorm, clip_grad_norm_, clip_gradients
-    from diagnostics.diagnosis import Thresholds, diagnose
+    from diagnostics.diagnosis import diagnose
     from diagnostics.monitor import Monitor
     from diagnostics.records import (
         ClipRecord,
@@ -91,4 +92,5 @@ if TYPE_CHECKING:
     from diagnostics.sinks.memory import MemorySink
     from diagnostics.sinks.runlog import RunLogSink
     from diagnostics.sinks.wandb import WandbSink
+    from diagnostics.thresholds import Thresholds
     from diagnostics.watching import watch

@@ -46,6 +46,8 @@ class GradientStats:
         underflow_fraction: Share of elements that are not zero but smaller in magnitude than the smallest normal number
             of the gradient's own dtype, from the same sample.
         nonfinite: Number of NaN and infinite elements.
+        underflow_fp16_fraction: Share of elements that are not zero but smaller in magnitude than the smallest normal
+            number of fp16, from the same sample.
 
     Example:
         >>> GradientStats(numel=4, norm=2.0, rms=1.0).nonfinite
@@ -59,6 +61,7 @@ class GradientStats:
     zero_fraction: float | None = None
     underflow_fraction: float | None = None
     nonfinite: int = 0
+    underflow_fp16_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +73,12 @@ class LayerRecord:
         output: The gradient of the loss with respect to the layer's output; None on a step that is not recorded.
         weight: The gradient of the layer's own parameters before clipping; None where the layer has none of its own or
             none of them has a gradient.
-        weight_norm: Euclidean norm of the parameters, before the step, estimated from a sample of at most 4,096
-            elements of each parameter.
+        weight_norm: Euclidean norm of the trainable parameters, before the step, estimated from a sample of at most
+            4,096 elements of each parameter; None where all are frozen or the optimizer does not have them.
         update_ratio: ``‖w_after - w_before‖ / ‖w_before‖`` over the same sample; None if the weights were all zero.
+        gain: The local gain on the way back: norm of the gradient at the layer's input over the norm at its output.
+        dead_fraction: Share of units whose row of the weight gradient was exactly zero at each of the last recorded
+            steps.
 
     Example:
         >>> LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None).update_ratio is None
@@ -84,6 +90,8 @@ class LayerRecord:
     weight: GradientStats | None
     weight_norm: float | None = None
     update_ratio: float | None = None
+    gain: float | None = None
+    dead_fraction: float | None = None
 
 
 class Layers(Sequence[LayerRecord]):

@@ -14,7 +14,6 @@ from datetime import datetime, timezone
 
 from diagnostics import diagnosis
 from diagnostics.contract import Backward, Clip, Contract, Step
-from diagnostics.diagnosis import Thresholds
 from diagnostics.options import Options
 from diagnostics.records import (
     WARNING,
@@ -28,8 +27,10 @@ from diagnostics.records import (
     Verdict,
     Violation,
 )
+from diagnostics.remedies import prescribe
 from diagnostics.sinks import Event
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.thresholds import Thresholds
 
 WINDOW = 1000
 """How many records are kept."""
@@ -77,7 +78,7 @@ class Ledger:
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
         """All diagnoses in order of onset, those that cleared and those that stand."""
-        return tuple(diagnosis.prescribe(one, self.run) for one in self._state.diagnoses)
+        return tuple(prescribe(one, self.run) for one in self._state.diagnoses)
 
     def verdict(self) -> Verdict:
         """The run in one sentence."""
@@ -95,7 +96,7 @@ class Ledger:
         found, self._found = [*self._found, *self._contract.step(fact)], []
         record = replace(record, violations=tuple(found))
         self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
-        record = replace(record, diagnoses=tuple(diagnosis.prescribe(one, self.run) for one in changed))
+        record = replace(record, diagnoses=tuple(prescribe(one, self.run) for one in changed))
         self._count(record)
         self.records.append(replace(record, layers=record.layers.unread()))
         self._hand_on()
@@ -135,10 +136,10 @@ class Ledger:
     def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
         new = [violation for violation in violations if violation.count == 1]
         if new and self._options.on_violation == "raise":
-            raise ContractError(str(new[0]))
+            raise ContractError(f"{new[0]} {_more(new[0].rule)}")
         if self._options.on_violation == "warn":
             for violation in new:
-                self.warn(str(violation))
+                self.warn(f"{violation} {_more(violation.rule)}")
 
     def _hand_on(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -226,4 +227,8 @@ def _frames_to_the_user() -> int:
 
 def _with_remedies(found: Diagnosis) -> str:
     tries = "; ".join(str(remedy) for remedy in found.remedies)
-    return f"{found} Try: {tries}." if tries else str(found)
+    return f"{found} Try: {tries}. {_more(found.condition)}" if tries else f"{found} {_more(found.condition)}"
+
+
+def _more(name: str) -> str:
+    return f"More: diagnostics-explain {name}."

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diagnostics import amp, contract, diagnosis, statistics
 from diagnostics.clipping import ClipByNorm, NormReading, clip, read_norms, tensors_of
-from diagnostics.diagnosis import Thresholds
 from diagnostics.hooks import BackwardPass, Watcher
 from diagnostics.ledger import Ledger, LedgerView, ending, is_alarm
 from diagnostics.observation import Catalogue, Observation
@@ -32,6 +31,7 @@ from diagnostics.records import (
 from diagnostics.schedule import Schedule, Units
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.thresholds import Thresholds
 from diagnostics.unit import Unit
 
 

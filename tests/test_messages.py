@@ -28,7 +28,7 @@ from diagnostics import (
 from diagnostics.records import DiagnosticsWarning
 
 PACKAGE = Path(__file__).parent.parent / "diagnostics"
-PINNED_MODULES = ("options", "clipping", "diagnosis", "schedule", "monitor", "sinks/fanout", "sinks/wandb")
+PINNED_MODULES = ("options", "clipping", "thresholds", "schedule", "monitor", "sinks/fanout", "sinks/wandb")
 ELSEWHERE = {"W&B could not start": "takes a server that refuses"}
 """Sentences of these modules that cannot be had here."""
 
@@ -157,6 +157,17 @@ CASES: dict[str, Case] = {
     "nan threshold": (lambda: Thresholds(severe_decades=math.nan), ValueError, f"{DECADES} 1.5, 2.5, nan."),
     "confirm": (lambda: Thresholds(confirm=0), ValueError, "confirm must be at least 1 recorded step; got 0."),
     "clear": (lambda: Thresholds(clear=-2), ValueError, "clear must be at least 1 recorded step; got -2."),
+    "a share": (
+        lambda: Thresholds(dead_units=1.5),
+        ValueError,
+        "dead_units must be a share above 0 and at most 1; got 1.5.",
+    ),
+    "a positive threshold": (
+        lambda: Thresholds(spike_decades=math.nan),
+        ValueError,
+        "spike_decades must be a positive number; got nan.",
+    ),
+    "history": (lambda: Thresholds(history=3), ValueError, "history must be at least 10 steps; got 3."),
     # a Monitor's options
     "clip": (lambda: monitor(clip=1.0), TypeError, f"clip {RULE} 1.0."),
     "accumulate": (

@@ -87,6 +87,7 @@ class ConsoleSink:
             often = f" ({one.count} times)" if one.count > 1 else ""
             lines += _paragraph(f"{one.rule}{often}: {one.message}", width, "  ")
             lines += _paragraph(f"try: {one.remedy}", width, "    ")
+            lines.append(f"    more: diagnostics-explain {_clean(one.rule)}")
         if end.status != "finished":
             lines += _paragraph(
                 f"{end.status} after {end.steps} steps" + (f": {end.error}" if end.error else ""), width
@@ -145,6 +146,7 @@ class _Account:
             lines += _paragraph(f"{one}" if one.confirmed else f"{one} (unconfirmed)", width)
             for remedy in one.remedies:
                 lines += _paragraph(f"try: {remedy}", width, "    ")
+            lines.append(f"    more: diagnostics-explain {one.condition}")
         return lines
 
     def _clipping(self) -> str:
