@@ -25,6 +25,7 @@ from diagnostics.records import (
     StepRecord,
     Verdict,
     Violation,
+    steps_back,
 )
 from diagnostics.remedies import prescribe
 from diagnostics.thresholds import Thresholds
@@ -74,7 +75,9 @@ class State:
 def fit_depth(layers: Iterable[LayerRecord]) -> DepthFit | None:
     """Fits a line through log10 rms of the output gradients over depth (Theil-Sen).
 
-    Trunk layers count. Exact zeros and non-finite values are left out; of more than 64 points evenly chosen ones enter.
+    Trunk layers count, with the residual stream's gradient where they end a branch of it. Layers that stand side by
+    side, as those of two towers, stand at one place. Exact zeros and non-finite values are left out; of more than 64
+    points evenly chosen ones enter.
 
     Args:
         layers: The layers of one recorded step, in order of depth.
@@ -92,19 +95,19 @@ def fit_depth(layers: Iterable[LayerRecord]) -> DepthFit | None:
         >>> round(fit_depth(layers).slope, 6)
         -1.0
     """
-    trunk = [record for record in layers if record.layer.trunk and record.output is not None]
-    last = len(trunk) - 1
+    trunk = [(record.layer, record.trunk_rms) for record in layers if record.layer.trunk]
+    sizes = [(layer, rms) for layer, rms in trunk if rms is not None]
+    places = steps_back([layer for layer, _ in sizes])
     points = [
-        (float(last - place), math.log10(record.output.rms))
-        for place, record in enumerate(trunk)
-        if record.output is not None and 0 < record.output.rms < math.inf
+        (float(place), math.log10(rms)) for place, (_, rms) in zip(places, sizes, strict=True) if 0 < rms < math.inf
     ]
     fitted = _evenly(points, MAX_FITTED)
-    if len(fitted) < 2:
+    slopes = [(y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(fitted) for x2, y2 in fitted[:i] if x1 != x2]
+    if not slopes:
         return None
-    slope = median((y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(fitted) for x2, y2 in fitted[:i])
+    slope = median(slopes)
     intercept = median(y - slope * x for x, y in fitted)
-    return DepthFit(slope, intercept, _uncertainty(fitted, slope, intercept), len(trunk), len(points))
+    return DepthFit(slope, intercept, _uncertainty(fitted, slope, intercept), max(places) + 1, len(points))
 
 
 def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[State, tuple[Diagnosis, ...]]:

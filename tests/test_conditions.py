@@ -103,15 +103,14 @@ def test_zeros_that_have_another_reason_are_not_dead(layers):
     assert "dead" not in found([record(step, layers) for step in range(5)])
 
 
-def test_units_without_a_gradient_are_dead_but_not_rows_of_an_embedding_or_where_the_loss_has_none():
-    def share(*fractions, kind="Linear"):
-        return [layer(depth, kind=kind, dead_fraction=one) for depth, one in enumerate(fractions)]
+def test_units_without_a_gradient_are_dead_but_not_where_the_loss_has_none():
+    def share(*fractions):
+        return [layer(depth, dead_fraction=one) for depth, one in enumerate(fractions)]
 
     (dead,) = found([record(step, share(0.2, 0.95, 0.0)) for step in range(3)]).values()
     assert (dead.condition, dead.severity, dead.depth) == ("dead", WARNING, 1)
     assert not found([record(step, share(0.5, 0.8, 0.0)) for step in range(3)])
     assert not found([record(step, share(0.95, 0.95, 0.95)) for step in range(3)])
-    assert not found([record(step, share(0.99, 0.99, 0.1, kind="Embedding")) for step in range(3)])
 
 
 def watch_steps(model, steps, inputs, targets=None, loss=None, lr=0.01, **options):

@@ -8,12 +8,12 @@ from itertools import pairwise
 from statistics import median, quantiles
 
 from diagnostics.conditions.case import Case, has_gradient, places
-from diagnostics.records import NOTICE, SEVERE, WARNING, Diagnosis, LayerRecord
+from diagnostics.records import NOTICE, SEVERE, WARNING, Diagnosis, LayerRecord, steps_back
 
 _FADED = 1e-20
 """So small an output gradient may have rounded to zero one layer further back: that is a slope, not a dead layer."""
 _LOOKED_UP = ("Embedding", "EmbeddingBag")
-"""Most rows of these have no gradient in a healthy run: their tokens were not in the batch."""
+"""Most rows of these do not move in a healthy run: their tokens were not in the batch."""
 _NEIGHBOURS = 3
 _LEAST_FOR_A_JUMP = 6
 
@@ -149,7 +149,7 @@ def _has_faded(one: LayerRecord) -> bool:
 
 def _dead_units(case: Case) -> Iterator[Diagnosis]:
     limit = case.thresholds.dead_units
-    counted = [one for one in case.trunk if one.dead_fraction is not None and one.layer.kind not in _LOOKED_UP]
+    counted = [one for one in case.trunk if one.dead_fraction is not None]
     if len(counted) < 2 or (counted[-1].dead_fraction or 0.0) >= limit:  # the loss itself has no gradient left
         return
     worst = max(counted[:-1], key=lambda one: one.dead_fraction or 0.0)
@@ -190,12 +190,14 @@ def _jump(case: Case) -> Diagnosis | None:
 
     In both, since where the number of elements changes (pooling, a head) one of the two jumps without a reason. The
     layers around it, three on either side, must agree that the level has changed. The last layer, whose output is the
-    loss's own business, and the first have too few neighbours to tell.
+    loss's own business, and the first have too few neighbours to tell; of layers side by side nobody is a neighbour.
     """
-    layers = [one for one in case.trunk if one.output is not None and 0 < one.output.rms < math.inf]
-    if len(layers) < _LEAST_FOR_A_JUMP:
+    sized = [(one, one.trunk_rms, one.output) for one in case.trunk]
+    sizes = [(one, rms, rms * output.numel**0.5) for one, rms, output in sized if output and rms and math.isfinite(rms)]
+    layers = [one for one, _, _ in sizes]
+    if len(layers) < _LEAST_FOR_A_JUMP or len(set(steps_back([one.layer for one in layers]))) < len(layers):
         return None
-    columns = [[math.log10(getattr(one.output, name)) for one in layers] for name in ("rms", "norm")]
+    columns = [[math.log10(size) for size in column] for column in zip(*(pair for _, *pair in sizes), strict=True)]
     jumps = [min(pair, key=abs) for pair in zip(*map(_jumps, columns), strict=True)]
     *_, second, place = sorted(range(1, len(layers) - 2), key=lambda place: abs(jumps[place]))
     size, limit = jumps[place], max(case.thresholds.broken_decades, 2 * abs(jumps[second]))

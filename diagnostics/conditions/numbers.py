@@ -45,7 +45,8 @@ def underflow(case: Case) -> Iterator[Diagnosis]:
     Source: Micikevicius et al., Mixed Precision Training, 2018.
     """
     limit = case.thresholds.underflow_share
-    lost = [(_share(one.output, half=True), one) for one in case.trunk[:-1]]
+    fp16 = case.record.loss_scale != 1.0  # only fp16 needs a scaler
+    lost = [(_share(one.output, half=True, fp16=fp16), one) for one in case.trunk[:-1]]
     share, worst = max(lost, key=lambda pair: pair[0], default=(0.0, None))
     if worst is None or share < limit:
         return
@@ -73,11 +74,11 @@ def denormal(case: Case) -> Iterator[Diagnosis]:
     yield case.finding("denormal", WARNING, slow[0].layer.depth, evidence, message)
 
 
-def _share(stats: GradientStats | None, *, half: bool = False) -> float:
+def _share(stats: GradientStats | None, *, half: bool = False, fp16: bool = False) -> float:
     """Share of subnormal numbers, in a half type or in a wide one, as the size of the gradient tells."""
-    if stats is None or stats.underflow_fraction is None or not math.isfinite(stats.rms):
+    if stats is None or not math.isfinite(stats.rms) or half != (stats.rms >= _NO_HALF_TYPE):
         return 0.0
-    return stats.underflow_fraction if half == (stats.rms >= _NO_HALF_TYPE) else 0.0
+    return max(stats.underflow_fraction or 0.0, (stats.underflow_fp16_fraction or 0.0) if fp16 else 0.0)
 
 
 def _origin(case: Case, deepest: LayerRecord | None, *, in_loss: bool) -> str:
