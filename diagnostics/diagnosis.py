@@ -31,8 +31,8 @@ from diagnostics.remedies import prescribe
 from diagnostics.thresholds import Thresholds
 
 MAX_FITTED = 64
-AT_ONCE = ("nonfinite", "spike")
-"""Conditions of a single step: what has happened needs no second record to be true."""
+AT_ONCE = ("nonfinite", "spike", "clipped_always")
+"""What one step shows for sure, and what a history of fifty steps already confirms."""
 
 MOST_PAST = 1000
 """How many diagnoses that cleared are kept."""
