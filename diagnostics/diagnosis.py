@@ -43,10 +43,11 @@ Followed = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Track:
-    """One condition over time: its diagnosis, and how severe the last records found it (0 where they did not)."""
+    """One condition over time: its diagnosis, how severe the last records found it (0: they did not), and its worst."""
 
     diagnosis: Diagnosis
     recent: tuple[int, ...]
+    peak: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,12 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
     memory = state.memories.get(record.optimizer, Memory())
     memory = replace(memory, skips=memory.skips + 1 if record.skipped else 0)
     fit = (record.fit or fit_depth(record.layers.before_step)) if record.recorded else None
-    found, judged = examine(Case(record, fit, memory, thresholds))
+    standing = {
+        condition: track.diagnosis.severity
+        for (optimizer, condition), track in state.tracks.items()
+        if optimizer == record.optimizer and track.diagnosis.confirmed
+    }
+    found, judged = examine(Case(record, fit, memory, thresholds, standing))
     tracks, past, changed = dict(state.tracks), state.past, []
     for condition in judged:
         before = tracks.pop((record.optimizer, condition), None)
@@ -190,14 +196,14 @@ def _follow(track: _Track | None, found: Diagnosis | None, step: int, thresholds
     """Confirmation, hysteresis and all-clear of one condition; None where there is nothing to follow.
 
     The severity rises to what the last ``confirm`` records all reached and falls to what the last ``clear`` records did
-    not exceed.
+    not exceed. What has cleared is told by the worst that it was.
     """
     level = found.severity if found else 0
     if track is None:
         if found is None:
             return None
         certain = found.condition in AT_ONCE or thresholds.confirm == 1
-        return _Track(prescribe(replace(found, confirmed=certain), None), (level,))
+        return _Track(prescribe(replace(found, confirmed=certain), None), (level,), level if certain else 0)
     if found is None and not track.diagnosis.confirmed:
         return None
     recent = (*track.recent, level)[-max(thresholds.confirm, thresholds.clear) :]
@@ -208,10 +214,11 @@ def _follow(track: _Track | None, found: Diagnosis | None, step: int, thresholds
         confirmed, severity = reached > 0 or level == NONFINITE, reached or level
     else:
         confirmed, severity = True, min(max(before.severity, reached), ceiling)
+    peak = max(track.peak, severity if confirmed else 0)
     if severity == 0:
-        return _Track(replace(before, cleared=step), recent)
+        return _Track(replace(before, severity=peak, cleared=step), recent)
     latest = before if found is None else prescribe(found, None)
-    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent)
+    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent, peak)
 
 
 def _differs(before: Diagnosis, after: Diagnosis) -> bool:

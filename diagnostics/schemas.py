@@ -209,6 +209,7 @@ class ThresholdsConfig:
     notice_decades: float = MISSING
     warning_decades: float = MISSING
     severe_decades: float = MISSING
+    hysteresis: float = MISSING
     stalled_decades: float = MISSING
     broken_decades: float = MISSING
     dead_units: float = MISSING

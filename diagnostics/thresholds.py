@@ -13,7 +13,9 @@ class Thresholds:
         notice_decades: Decades between the first and the last layer from which a slope is worth a notice.
         warning_decades: From which it is a warning; the lesson's four-layer sigmoid chain has 2.73.
         severe_decades: From which it is severe.
-        stalled_decades: Decades by which a layer's update/weight ratio stays below the others' upper quartile.
+        hysteresis: Share by which decades must fall below a limit before the severity falls.
+        stalled_decades: Decades by which update/weight ratios stay below those of the faster layers: of the upper
+            quartile to be stalled, of the fastest one to raise a notice of vanishing to a warning.
         broken_decades: Decades by which the gradient jumps between two neighbouring layers.
         dead_units: Share of a layer's units whose gradient is exactly zero.
         underflow_share: Share of a half-precision gradient that is smaller than the smallest normal number.
@@ -40,7 +42,8 @@ class Thresholds:
     notice_decades: float = 1.5
     warning_decades: float = 2.5
     severe_decades: float = 5.0
-    stalled_decades: float = 1.0
+    hysteresis: float = 0.2
+    stalled_decades: float = 1.5
     broken_decades: float = 3.0
     dead_units: float = 0.9
     underflow_share: float = 0.5
@@ -69,6 +72,8 @@ class Thresholds:
         for name in ("confirm", "clear"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 recorded step; got {getattr(self, name)}.")
+        if not 0 <= self.hysteresis < 1:
+            raise ValueError(f"hysteresis must be at least 0 and below 1; got {self.hysteresis}.")
         if self.history < 10:
             raise ValueError(f"history must be at least 10 steps; got {self.history}.")
 

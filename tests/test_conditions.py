@@ -232,7 +232,7 @@ NOTICED = [-3.0 - 0.25 * (8 - depth) for depth in range(9)]
 
 
 def test_layers_that_stand_still_raise_a_notice_of_vanishing_to_a_warning():
-    sgd = [10.0 ** (-2.0 - 0.25 * (8 - depth)) for depth in range(9)]
+    sgd = [10.0 ** (-2.0 - 0.35 * (8 - depth)) for depth in range(9)]
     adam = [1e-3] * 9
     moving = found([record(step, profile(NOTICED), adam) for step in range(5)])
     still = found([record(step, profile(NOTICED), sgd) for step in range(5)])

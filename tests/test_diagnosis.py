@@ -179,3 +179,21 @@ def test_an_overflow_that_the_loss_scaler_corrects_is_no_illness_but_ten_in_a_ro
 
 def test_the_message_on_vanishing_says_that_clipping_cannot_cure_it():
     assert "clipping cannot cure it" in diagnose([record(0, -0.5)])[0].message
+
+
+def test_a_severity_falls_only_when_the_decades_are_well_below_its_limit():
+    strong, little_less, clearly_less = (
+        [record(step, -decades / 9) for step in range(9)] for decades in (2.6, 2.3, 1.9)
+    )
+    later = [replace(one, step=one.step + 9) for one in little_less]
+    assert conditions([*strong, *later]) == [("vanishing", 2, 0, None)]
+    assert conditions([*strong, *(replace(one, step=one.step + 9) for one in clearly_less)]) == [
+        ("vanishing", 1, 0, None)
+    ]
+    assert conditions(little_less) == [("vanishing", 1, 0, None)]
+
+
+def test_what_has_cleared_slowly_is_told_by_the_worst_that_it_was():
+    decades = [3.0] * 4 + [1.9] * 4 + [0.1] * 4
+    records = [record(step, -one / 9) for step, one in enumerate(decades)]
+    assert conditions(records) == [("vanishing", 2, 0, 10)]

@@ -167,6 +167,11 @@ CASES: dict[str, Case] = {
         ValueError,
         "spike_decades must be a positive number; got nan.",
     ),
+    "hysteresis": (
+        lambda: Thresholds(hysteresis=1.0),
+        ValueError,
+        "hysteresis must be at least 0 and below 1; got 1.0.",
+    ),
     "history": (lambda: Thresholds(history=3), ValueError, "history must be at least 10 steps; got 3."),
     # a Monitor's options
     "clip": (lambda: monitor(clip=1.0), TypeError, f"clip {RULE} 1.0."),

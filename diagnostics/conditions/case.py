@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from diagnostics.records import DepthFit, Diagnosis, LayerRecord, Layers, StepRecord
@@ -76,12 +76,14 @@ class Case:
         fit: The line over its depth; None where there is none.
         memory: What was kept of the optimizer's earlier steps; its ``skips`` count this one.
         thresholds: When a number becomes a finding.
+        standing: How severe each condition is that stands confirmed.
     """
 
     record: StepRecord
     fit: DepthFit | None
     memory: Memory
     thresholds: Thresholds
+    standing: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[LayerRecord, ...]:

@@ -16,6 +16,8 @@ _LOOKED_UP = ("Embedding", "EmbeddingBag")
 """Most rows of these do not move in a healthy run: their tokens were not in the batch."""
 _NEIGHBOURS = 3
 _LEAST_FOR_A_JUMP = 6
+_ROUNDED_BACK = 1e-10
+"""What stands for an update ratio of zero: fp32 has rounded the weights back to where they were."""
 
 
 def slope(case: Case) -> Iterator[Diagnosis]:
@@ -23,8 +25,10 @@ def slope(case: Case) -> Iterator[Diagnosis]:
     fit, thresholds = case.fit, case.thresholds
     if fit is None:
         return
+    condition = "vanishing" if fit.slope < 0 else "exploding"
     certain = max(0.0, abs(fit.slope) - fit.uncertainty) * (fit.depths - 1)
-    severity = thresholds.severity(certain)
+    kept = min(case.standing.get(condition, 0), thresholds.severity(certain / (1 - thresholds.hysteresis)))
+    severity = max(thresholds.severity(certain), kept)
     if severity == 0:
         return
     limit = (thresholds.notice_decades, thresholds.warning_decades, thresholds.severe_decades)[severity - 1]
@@ -42,17 +46,17 @@ def slope(case: Case) -> Iterator[Diagnosis]:
             f"the gradient grows by {rate}. The first layers are thrown about; clipping bounds the step and leaves "
             "the slope as it is."
         )
-        yield case.finding("exploding", severity, first, evidence, message)
+        yield case.finding(condition, severity, first, evidence, message)
         return
     message = (
         f"the gradient fades by {rate}. The first layers hardly learn, and clipping cannot cure it: it multiplies "
         "all layers by one number and leaves the slope as it is."
     )
-    behind, _ = _stalled(case)
-    if severity == NOTICE and behind and behind[0] > thresholds.stalled_decades:
-        severity, evidence["stalled_decades"] = WARNING, behind[0]
-        message += f" Their weights move by {behind[0]:.1f} decades less than the others', relative to their size."
-    yield case.finding("vanishing", severity, first, evidence, message)
+    slower = _behind_the_fastest(case)
+    if severity == NOTICE and slower > thresholds.stalled_decades:
+        severity, evidence["stalled_decades"] = WARNING, slower
+        message += f" Their weights move by {slower:.1f} decades less than the fastest layer's, relative to their size."
+    yield case.finding(condition, severity, first, evidence, message)
 
 
 def stalled_layers(case: Case) -> Iterator[Diagnosis]:
@@ -117,6 +121,21 @@ def _stalled(case: Case) -> tuple[list[float], list[LayerRecord]]:
 
     The quartile and not the median, since in a deep net that vanishes more than half of the layers stand still.
     """
+    logs, layers = _update_ratios(case)
+    if not logs:
+        return [], []
+    usual = quantiles(logs, n=4, method="inclusive")[-1]
+    return [usual - log for log in logs], layers
+
+
+def _behind_the_fastest(case: Case) -> float:
+    """By how many decades the first third of the layers stays below the fastest one."""
+    logs, _ = _update_ratios(case)
+    return max(logs) - median(logs[: (len(logs) + 2) // 3]) if logs else 0.0
+
+
+def _update_ratios(case: Case) -> tuple[list[float], list[LayerRecord]]:
+    """log10 of the last known update ratios and their layers; nothing for fewer than three."""
     layers = [
         one
         for one in case.memory.unjudged or ()
@@ -127,12 +146,9 @@ def _stalled(case: Case) -> tuple[list[float], list[LayerRecord]]:
         and one.update_ratio is not None
         and math.isfinite(one.update_ratio)
     ]
-    moving = [math.log10(one.update_ratio) for one in layers if one.update_ratio]
-    if len(moving) < 3:
+    if len(layers) < 3:
         return [], []
-    usual = quantiles(moving, n=4, method="inclusive")[-1]
-    lost = usual + 10.0  # weights that fp32 rounds back to where they were have moved by less than that
-    return [usual - math.log10(one.update_ratio) if one.update_ratio else usual + lost for one in layers], layers
+    return [math.log10(max(one.update_ratio or 0.0, _ROUNDED_BACK)) for one in layers], layers
 
 
 def _is_zero(one: LayerRecord, *, measured: bool) -> bool:
