@@ -112,6 +112,23 @@ def report() -> None:
         sys.exit(str(error))
 
 
+def explain() -> None:
+    """Prints what a condition or a rule of the loop means; without a name, which there are."""
+    import argparse
+
+    from diagnostics import explain as pages
+
+    parser = argparse.ArgumentParser(description="What a condition of the gradients or a rule of the loop means.")
+    parser.add_argument("name", nargs="*", help="as a message names it, e.g. vanishing; without, all are listed")
+    wanted = " ".join(parser.parse_args().name)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # as above
+    try:
+        print(pages.explain(wanted) if wanted else pages.contents())
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 def job(config: DictConfig) -> float:
     """Hydra's task function: one run, from its configuration to the objective that a sweeper gets to see."""
     alone = HydraConfig.get().mode != RunMode.MULTIRUN

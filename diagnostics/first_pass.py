@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from diagnostics import diagnosis, meanfield, statistics
 from diagnostics.depth import Call
-from diagnostics.diagnosis import State, Thresholds
+from diagnostics.diagnosis import State
 from diagnostics.hooks import BackwardPass, Watcher
 from diagnostics.meanfield import Stack
 from diagnostics.observation import Catalogue, Observation
@@ -36,6 +36,7 @@ from diagnostics.records import (
     Verdict,
 )
 from diagnostics.sinks.console import console_width, depth_table, diagnosis_lines, paragraph
+from diagnostics.thresholds import Thresholds
 from diagnostics.unit import Unit
 
 _UNITS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -198,6 +198,18 @@ class ThresholdsConfig:
     notice_decades: float = MISSING
     warning_decades: float = MISSING
     severe_decades: float = MISSING
+    hysteresis: float = MISSING
+    stalled_decades: float = MISSING
+    broken_decades: float = MISSING
+    dead_units: float = MISSING
+    underflow_share: float = MISSING
+    denormal_share: float = MISSING
+    clipped_share: float = MISSING
+    clipped_coefficient: float = MISSING
+    still_ratio: float = MISSING
+    spike_decades: float = MISSING
+    spike_sigmas: float = MISSING
+    history: int = MISSING
     confirm: int = MISSING
     clear: int = MISSING
 

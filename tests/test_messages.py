@@ -38,7 +38,7 @@ PINNED_MODULES = (
     "clipping",
     "clip_rules",
     "clip_groups",
-    "diagnosis",
+    "thresholds",
     "schedule",
     "monitor",
     "resuming",
@@ -271,6 +271,22 @@ CASES: dict[str, Case] = {
     "nan threshold": (lambda: Thresholds(severe_decades=math.nan), ValueError, f"{DECADES} 1.5, 2.5, nan."),
     "confirm": (lambda: Thresholds(confirm=0), ValueError, "confirm must be at least 1 recorded step; got 0."),
     "clear": (lambda: Thresholds(clear=-2), ValueError, "clear must be at least 1 recorded step; got -2."),
+    "a share": (
+        lambda: Thresholds(dead_units=1.5),
+        ValueError,
+        "dead_units must be a share above 0 and at most 1; got 1.5.",
+    ),
+    "a positive threshold": (
+        lambda: Thresholds(spike_decades=math.nan),
+        ValueError,
+        "spike_decades must be a positive number; got nan.",
+    ),
+    "hysteresis": (
+        lambda: Thresholds(hysteresis=1.0),
+        ValueError,
+        "hysteresis must be at least 0 and below 1; got 1.0.",
+    ),
+    "history": (lambda: Thresholds(history=3), ValueError, "history must be at least 10 steps; got 3."),
     # a Monitor's options
     "clip": (lambda: monitor(clip=1.0), TypeError, f"clip {RULE} 1.0."),
     "accumulate": (

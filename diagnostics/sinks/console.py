@@ -87,6 +87,7 @@ class ConsoleSink:
             often = f" ({one.count} times)" if one.count > 1 else ""
             lines += paragraph(f"{one.rule}{often}: {one.message}", width, "  ")
             lines += paragraph(f"try: {one.remedy}", width, "    ")
+            lines.append(f"    more: diagnostics-explain {_clean(one.rule)}")
         if end.status != "finished":
             lines += paragraph(f"{end.status} after {end.steps} steps" + (f": {end.error}" if end.error else ""), width)
         return [*lines, *paragraph(f"verdict: {end.verdict}", width)]
@@ -165,7 +166,7 @@ def diagnosis_lines(one: Diagnosis, width: int) -> list[str]:
     lines = paragraph(f"{one}" if one.confirmed else f"{one} (unconfirmed)", width)
     for remedy in one.remedies:
         lines += paragraph(f"try: {remedy}", width, "    ")
-    return lines
+    return [*lines, f"    more: diagnostics-explain {one.condition}"]
 
 
 def depth_table(record: StepRecord, width: int, title: str | None = None) -> list[str]:
