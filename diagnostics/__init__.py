@@ -32,8 +32,10 @@ _HOMES = {
     "clip_groups": ["ClipByGroup"],
     "clip_rules": ["ClipByNorm", "ClipByQuantile", "ClipByValue", "ClipByZScore", "ClipRule"],
     "clipping": ["clip_grad_norm_", "clip_gradients"],
-    "diagnosis": ["Thresholds", "diagnose"],
+    "thresholds": ["Thresholds"],
+    "diagnosis": ["diagnose"],
     "monitor": ["Monitor"],
+    "first_pass": ["Preflight", "assert_healthy", "preflight"],
     "runlog": ["Run", "read_run"],
     "sinks": ["Sink"],
     "sinks.console": ["ConsoleSink"],
@@ -68,7 +70,8 @@ if TYPE_CHECKING:
     from diagnostics.clip_groups import ClipByGroup
     from diagnostics.clip_rules import ClipByNorm, ClipByQuantile, ClipByValue, ClipByZScore, ClipRule
     from diagnostics.clipping import clip_grad_norm_, clip_gradients
-    from diagnostics.diagnosis import Thresholds, diagnose
+    from diagnostics.diagnosis import diagnose
+    from diagnostics.first_pass import Preflight, assert_healthy, preflight
     from diagnostics.monitor import Monitor
     from diagnostics.records import (
         ClipRecord,
@@ -95,4 +98,5 @@ if TYPE_CHECKING:
     from diagnostics.sinks.memory import MemorySink
     from diagnostics.sinks.runlog import RunLogSink
     from diagnostics.sinks.wandb import WandbSink
+    from diagnostics.thresholds import Thresholds
     from diagnostics.watching import watch

@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from diagnostics.configs import CONF, ConfigurationError, register_trainers, resolve, sentence
-from diagnostics.jobs import Job, describe_job
+from diagnostics.jobs import Job, describe_job, refusals
 from diagnostics.records import ContractError, DiagnosisError, DiagnosticsWarning, NonFiniteGradientError, RunInfo
 from diagnostics.reports.page import PAGE
 from diagnostics.trainers.progress import write_line
@@ -112,6 +112,23 @@ def report() -> None:
         sys.exit(str(error))
 
 
+def explain() -> None:
+    """Prints what a condition or a rule of the loop means; without a name, which there are."""
+    import argparse
+
+    from diagnostics import explain as pages
+
+    parser = argparse.ArgumentParser(description="What a condition of the gradients or a rule of the loop means.")
+    parser.add_argument("name", nargs="*", help="as a message names it, e.g. vanishing; without, all are listed")
+    wanted = " ".join(parser.parse_args().name)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # as above
+    try:
+        print(pages.explain(wanted) if wanted else pages.contents())
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 def job(config: DictConfig) -> float:
     """Hydra's task function: one run, from its configuration to the objective that a sweeper gets to see."""
     alone = HydraConfig.get().mode != RunMode.MULTIRUN
@@ -184,24 +201,26 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
 
     from diagnostics.clip_rules import ClipByNorm
     from diagnostics.options import Options
-    from diagnostics.trainers.loop import choose_device, make_scaler
+    from diagnostics.trainers.loop import check_together, choose_device, make_scaler
 
     trainer = build(settings["trainer"], "trainer")
     trusted = (*OURS, *settings["trusted_packages"])
     task = build(settings["task"], "task", trusted=trusted)
     clip = build(settings["clip"], "clip") if settings["clip"] else None
     monitoring = {key: value for key, value in settings["diagnostics"].items() if key != "thresholds"}
-    with _refusals("diagnostics", monitoring):
+    with refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
     if trainer.mistake == "clip_after_step" and not isinstance(clip, ClipByNorm):
         raise ConfigurationError("trainer.mistake=clip_after_step needs a norm to clip with; add clip=norm.")
-    with _refusals("trainer", settings["trainer"]):
+    with refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)
     torch.set_num_threads(trainer.threads)
     torch.manual_seed(trainer.seed)
     model = build(settings["model"], "model", task.inputs, task.outputs, trusted=trusted).to(device)
+    with refusals("trainer", settings["trainer"]):
+        check_together(model, trainer, device)
     optimizer = build(settings["optimizer"], "optimizer", model.parameters(), trusted=trusted)
     scaler = make_scaler(trainer.precision, device)
     monitoring |= {"clip": clip, "accumulate": trainer.micro_batches, "scaler": scaler}
@@ -236,7 +255,7 @@ def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequen
     if not isinstance(make.func, type) or make.func.__module__.split(".")[0] not in trusted:
         raise wrong
     parts = {name: _build_parts(value, f"{key}.{name}", trusted) for name, value in make.keywords.items()}
-    with _refusals(key, section):
+    with refusals(key, section):
         return make(*arguments, **parts, **keywords)
 
 
@@ -298,17 +317,6 @@ def _print_page(run_log: Path, page: Path) -> None:
         print(f"Page of this run: {write_page(run_log, page)}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the run is more important
         write_line(f"The page of this run could not be written ({type(error).__name__}: {error}).")
-
-
-@contextmanager
-def _refusals(key: str, section: Mapping[str, Any]) -> Iterator[None]:
-    """Turns what a constructor says about a value into one sentence with the value's full key."""
-    try:
-        yield
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        joint = "." if said.split(" ")[0] in section else ": "
-        raise ConfigurationError(f"{key}{joint}{said}.") from error
 
 
 @contextmanager

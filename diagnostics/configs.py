@@ -53,7 +53,8 @@ def register() -> None:
     Call it before ``@hydra.main``. Then ``defaults: [diagnostics: default]`` gives a section ``diagnostics``, and
     ``instantiate(config.diagnostics)(model, optimizer)`` a Monitor. On the command line: ``diagnostics/clip=norm``
     (or any other rule under conf/clip), ``diagnostics.clip.max_norm=0.5``, ``diagnostics/sink=[console,runlog,wandb]``,
-    ``diagnostics.every=1``. No other group is touched.
+    ``diagnostics.every=1``. No other group is touched. A file of your own, ``conf/diagnostics/mine.yaml`` with
+    ``defaults: [default, override clip: norm]``, may change any key; it may not be called ``default``.
 
     Example:
         >>> from hydra import compose, initialize
@@ -64,8 +65,7 @@ def register() -> None:
         1.0
     """
     store = ConfigStore.instance()
-    default = _with_values(MonitorConfig, "diagnostics/default")
-    store.store(group="diagnostics", name="default", node=default)
+    store.store(group="diagnostics", name="default", node=_with_values(MonitorConfig, "diagnostics/standard"))
     store.store(group="diagnostics/clip", name="none", node=NoClipConfig)
     for schema, rule in CLIP_SCHEMAS.items():
         name = schema.removeprefix("clip_")

@@ -114,6 +114,7 @@ class Watcher:
         self._handles: list[RemovableHandle] = []
         self._spent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unspent: set[int] = set()
+        self._frozen: list[int] = []
         self._marks = Marks(self._gradient)
         self._models = [weakref.ref(model) for model in models.values()]
         self._sentinels: set[int] = set()
@@ -132,12 +133,21 @@ class Watcher:
     def adopt(self, parameters: Sequence[Tensor]) -> None:
         """Watches more parameters; they take the next indices."""
         for parameter in parameters:
-            index = len(self._parameters)
+            self._frozen.append(len(self._parameters))
             self._parameters.append(weakref.ref(parameter))
-            if parameter.requires_grad and parameter.is_leaf:
+        self._watch_unfrozen()
+
+    def _watch_unfrozen(self) -> None:
+        """Hooks on parameters that take gradients by now; torch allows none on those that do not."""
+        frozen, self._frozen = self._frozen, []
+        for index in frozen:
+            parameter = self._parameters[index]()
+            if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                 after = _Hook(self, self._after_accumulation, index)
                 handle = parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
+            elif parameter is not None:
+                self._frozen.append(index)
 
     def watch_steps(
         self,
@@ -356,6 +366,7 @@ class Watcher:
 
     def _look(self) -> BackwardPass:
         """What is in ``.grad`` before a pass adds to it: what a step has spent, or nothing where something was."""
+        self._watch_unfrozen()
         cleared = self.cleared()
         self._unspent -= cleared
         before, touched = self._marks.check()

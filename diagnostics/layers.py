@@ -19,7 +19,9 @@ class Layer:
         name: Qualified module name; ``name@k`` for the k-th call when a module is called more than once in one pass.
         kind: Class of the module, e.g. ``"Linear"``.
         parameters: Qualified names of the parameters that the module owns; empty at a later call of the same module.
-        trunk: Whether the layer counts in the fit over depth; a normalisation layer is recorded, not fitted.
+        trunk: Whether the layer counts in the fit over depth; depth.py says which do not.
+        steps_back: How many layers of the trunk the gradient passes on its longest way from the loss before it reaches
+            this one; equal for layers that stand side by side. None where the order of the calls stands in for it.
 
     Example:
         >>> Layer(0, "0", "Linear", ("0.weight", "0.bias")).name
@@ -31,6 +33,25 @@ class Layer:
     kind: str
     parameters: tuple[str, ...] = ()
     trunk: bool = True
+    steps_back: int | None = None
+
+
+def steps_back(layers: Sequence[Layer]) -> list[int]:
+    """Where some layers of the trunk stand on the gradient's way back: 0 for where it begins, without gaps.
+
+    Args:
+        layers: In order of depth. If one of them has no ``steps_back`` of its own the order counts for all.
+
+    Example:
+        >>> towers = [Layer(0, "left", "Linear", steps_back=1), Layer(1, "right", "Linear", steps_back=1)]
+        >>> steps_back([*towers, Layer(2, "head", "Linear", steps_back=0)])
+        [1, 1, 0]
+    """
+    found = [layer.steps_back for layer in layers]
+    places = {steps: place for place, steps in enumerate(sorted({steps for steps in found if steps is not None}))}
+    if None in found:
+        return list(reversed(range(len(layers))))
+    return [places[steps] for steps in found if steps is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +67,9 @@ class GradientStats:
         underflow_fraction: Share of elements that are not zero but smaller in magnitude than the smallest normal number
             of the gradient's own dtype, from the same sample.
         nonfinite: Number of NaN and infinite elements.
+        underflow_fp16_fraction: Share of elements that are not zero but smaller in magnitude than 6.1e-5, the smallest
+            normal number of fp16, from the same sample: what a pass in fp16 would round or lose. Under a loss scaler an
+            output gradient is judged as it is, scaled. bf16 has the range of fp32, so there is no such number for it.
 
     Example:
         >>> GradientStats(numel=4, norm=2.0, rms=1.0).nonfinite
@@ -59,6 +83,7 @@ class GradientStats:
     zero_fraction: float | None = None
     underflow_fraction: float | None = None
     nonfinite: int = 0
+    underflow_fp16_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +95,19 @@ class LayerRecord:
         output: The gradient of the loss with respect to the layer's output; None on a step that is not recorded.
         weight: The gradient of the layer's own parameters before clipping; None where the layer has none of its own or
             none of them has a gradient.
-        weight_norm: Euclidean norm of the parameters, before the step, estimated from a sample of at most 4,096
-            elements of each parameter.
+        weight_norm: Euclidean norm of the trainable parameters, before the step, estimated from a sample of at most
+            4,096 elements of each parameter; None where all are frozen or the optimizer does not have them.
         update_ratio: ``‖w_after - w_before‖ / ‖w_before‖`` over the same sample; None if the weights were all zero.
+        gain: The local gain, ``‖gradient at the layer's input‖ / ‖gradient at its output‖``: below 1 the layer shrinks
+            what passes back through it. An input that several consumers read (a residual stream, a hidden state that
+            is also a result) has the sum of their gradients, so there it tells of all of them together. None where
+            the input needs no gradient, as the first layer's, on a step that is not recorded, and where the gradient at
+            the output is zero.
+        dead_fraction: Share of the layer's units, the rows of its weight's gradient, that were exactly zero at each of
+            the last 10 recorded steps; None before there are so many, for embeddings (a token that did not occur is not
+            dead) and for layers without a weight of two dimensions.
+        stream_rms: Root mean square of the gradient at the residual stream behind the branch that the layer ends; None
+            where it ends none.
 
     Example:
         >>> LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None).update_ratio is None
@@ -84,6 +119,16 @@ class LayerRecord:
     weight: GradientStats | None
     weight_norm: float | None = None
     update_ratio: float | None = None
+    gain: float | None = None
+    dead_fraction: float | None = None
+    stream_rms: float | None = None
+
+    @property
+    def trunk_rms(self) -> float | None:
+        """What the fit over depth takes: the residual stream's gradient behind a branch, else the output's."""
+        if self.stream_rms is not None or self.output is None:
+            return self.stream_rms
+        return self.output.rms
 
 
 class Layers(Sequence[LayerRecord]):
@@ -169,7 +214,7 @@ class DepthFit:
             positive explodes.
         intercept: log10 rms at the deepest fitted layer, where the backward pass begins.
         uncertainty: Standard error of the slope.
-        depths: Number of layers that count.
+        depths: Number of layers that count; those that stand side by side count once.
         points: Number of layers that were fitted: those that count, less exact zeros and non-finite values.
 
     Example:

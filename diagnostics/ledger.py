@@ -17,7 +17,6 @@ from typing import Any
 from diagnostics import diagnosis
 from diagnostics.acts import Backward, Clip, Closing, Moved, Step
 from diagnostics.contract import Contract
-from diagnostics.diagnosis import Thresholds
 from diagnostics.options import Options
 from diagnostics.records import (
     WARNING,
@@ -31,8 +30,10 @@ from diagnostics.records import (
     Verdict,
     Violation,
 )
+from diagnostics.remedies import prescribe
 from diagnostics.sinks import Event
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.thresholds import Thresholds
 
 WINDOW = 1000
 """How many records are kept."""
@@ -80,7 +81,7 @@ class Ledger:
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
         """All diagnoses in order of onset, those that cleared and those that stand."""
-        return tuple(diagnosis.prescribe(one, self.run) for one in self._state.diagnoses)
+        return tuple(prescribe(one, self.run) for one in self._state.diagnoses)
 
     def verdict(self) -> Verdict:
         """The run in one sentence."""
@@ -100,7 +101,7 @@ class Ledger:
         found, self._found = [*self._found, *(self._contract.step(fact) if fact else ())], []
         record = replace(record, violations=tuple(found))
         self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
-        record = replace(record, diagnoses=tuple(diagnosis.prescribe(one, self.run) for one in changed))
+        record = replace(record, diagnoses=tuple(prescribe(one, self.run) for one in changed))
         self._count(record)
         self.records.append(replace(record, layers=record.layers.unread()))
         self._hand_on()
@@ -149,10 +150,10 @@ class Ledger:
     def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
         new = [violation for violation in violations if violation.count == 1]
         if new and self._options.on_violation == "raise":
-            raise ContractError(str(new[0]))
+            raise ContractError(f"{new[0]} {_more(new[0].rule)}")
         if self._options.on_violation == "warn":
             for violation in new:
-                self.warn(str(violation))
+                self.warn(f"{violation} {_more(violation.rule)}")
 
     def _hand_on(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -240,4 +241,8 @@ def _frames_to_the_user() -> int:
 
 def _with_remedies(found: Diagnosis) -> str:
     tries = "; ".join(str(remedy) for remedy in found.remedies)
-    return f"{found} Try: {tries}." if tries else str(found)
+    return f"{found} Try: {tries}. {_more(found.condition)}" if tries else f"{found} {_more(found.condition)}"
+
+
+def _more(name: str) -> str:
+    return f"More: diagnostics-explain {name}."

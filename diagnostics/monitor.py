@@ -17,7 +17,6 @@ from diagnostics import amp, diagnosis, statistics
 from diagnostics.clip_writing import Clipping
 from diagnostics.clipping import rule_of, tensors_of
 from diagnostics.contract import Contract
-from diagnostics.diagnosis import Thresholds
 from diagnostics.facts import Facts
 from diagnostics.guarding import Guarded
 from diagnostics.hooks import BackwardPass, Watcher
@@ -34,6 +33,7 @@ from diagnostics.resuming import Resumable
 from diagnostics.schedule import LostStep, Schedule, Units
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.thresholds import Thresholds
 from diagnostics.unit import Unit
 
 

@@ -191,7 +191,7 @@ class Observation:
         self._profiles = reader.ask(statistics.profiles([item.parts for item in self._noted]))
         self._peaks = reader.ask(statistics.peaks(self.gradients)) if recorded else None
         self._fractions = reader.ask(statistics.fractions(self.gradients)) if recorded else None
-        self._held = list(held) if recorded else []
+        self._held = [tensor for tensor in held if tensor.requires_grad] if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
         self._weights = reader.ask(statistics.parameter_norms(self._before))
         self._sampled_peaks = reader.ask(statistics.sampled_peaks(self._held)) if recorded else None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.clip_rules import ClipRule, checked
-from diagnostics.diagnosis import Thresholds
 from diagnostics.records import RunInfo
+from diagnostics.thresholds import Thresholds
 
 NONFINITE_POLICIES = ("skip", "raise", "step")
 REACTIONS = ("warn", "raise", "record")

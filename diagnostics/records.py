@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diagnostics.layers import DepthFit, GradientStats, Layer, LayerRecord, Layers
+from diagnostics.layers import DepthFit, GradientStats, Layer, LayerRecord, Layers, steps_back
 
 __all__ = [
     "NONFINITE",
@@ -39,6 +39,7 @@ __all__ = [
     "StepRecord",
     "Verdict",
     "Violation",
+    "steps_back",
 ]
 
 NOTICE, WARNING, SEVERE, NONFINITE = 1, 2, 3, 4
@@ -285,7 +286,7 @@ class StepRecord:
             values[f"depth/{name}decades"] = self.fit.decades
         if self.recorded:
             trunk = [record for record in self.layers if record.layer.trunk]
-            outputs = [record.output.rms for record in trunk if record.output is not None]
+            outputs = [record.trunk_rms for record in trunk if record.trunk_rms is not None]
             updates = [record.update_ratio for record in trunk if record.update_ratio is not None]
             for quantity, profile in (("rms", outputs), ("update_ratio", updates)):
                 for relative in RELATIVE_DEPTHS if profile else ():

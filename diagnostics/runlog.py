@@ -67,6 +67,7 @@ _NESTED: dict[str, type] = {
 _STATISTICS = tuple(field.name for field in fields(GradientStats))
 _ABSENT: Any = SimpleNamespace(**dict.fromkeys(_STATISTICS))
 _LAYER = tuple(field.name for field in fields(Layer))
+_MEASURED = ("weight_norm", "update_ratio", "gain", "dead_fraction", "stream_rms")
 
 
 def log_file(path: str | Path) -> Path:
@@ -152,7 +153,7 @@ class RunLogWriter:
             numel = tuple(weight.pop("numel", ()))
             content["layers"] = self._table((tuple(layer.layer for layer in record.layers), numel))
             columns: dict[str, Columns | list[Any]] = {"output": output, "weight": weight}
-            columns |= {name: _column(record.layers, name) for name in ("weight_norm", "update_ratio")}
+            columns |= {name: _column(record.layers, name) for name in _MEASURED}
             content |= {name: column for name, column in columns.items() if column}
         return content
 
@@ -365,15 +366,15 @@ class _Reader:
             layers,
             _gradients(content.get("output", {}), empty),
             _gradients(weight, empty),
-            content.get("weight_norm", empty),
-            content.get("update_ratio", empty),
+            *(content.get(name, empty) for name in _MEASURED),
         )
         return replace(record, layers=Layers([LayerRecord(*row) for row in zip(*columns, strict=True)]))
 
 
 def _layers(table: Mapping[str, Any]) -> list[Layer]:
-    rows = zip(*(table[name] for name in _LAYER), strict=True)
-    return [_record(Layer, dict(zip(_LAYER, row, strict=True))) for row in rows]
+    names = [name for name in _LAYER if name in table]  # older logs know fewer
+    rows = zip(*(table[name] for name in names), strict=True)
+    return [_record(Layer, dict(zip(names, row, strict=True))) for row in rows]
 
 
 def _gradients(columns: Columns, empty: list[None]) -> Sequence[GradientStats | None]:

@@ -103,6 +103,7 @@ class MLPConfig:
     width: int = MISSING
     activation: Activation = MISSING
     init: Init = MISSING
+    gain: float | None = None
     norm: Norm = MISSING
     residual: bool = MISSING
 
@@ -191,19 +192,31 @@ class AdamWConfig(AdamConfig):
 
 @dataclass
 class ThresholdsConfig:
-    """The thresholds in conf/diagnostics/default.yaml."""
+    """The thresholds in conf/diagnostics/standard.yaml."""
 
     _target_: str = "diagnostics.Thresholds"
     notice_decades: float = MISSING
     warning_decades: float = MISSING
     severe_decades: float = MISSING
+    hysteresis: float = MISSING
+    stalled_decades: float = MISSING
+    broken_decades: float = MISSING
+    dead_units: float = MISSING
+    underflow_share: float = MISSING
+    denormal_share: float = MISSING
+    clipped_share: float = MISSING
+    clipped_coefficient: float = MISSING
+    still_ratio: float = MISSING
+    spike_decades: float = MISSING
+    spike_sigmas: float = MISSING
+    history: int = MISSING
     confirm: int = MISSING
     clear: int = MISSING
 
 
 @dataclass
 class DiagnosticsConfig:
-    """conf/diagnostics/default.yaml."""
+    """conf/diagnostics/standard.yaml."""
 
     every: int = MISSING
     layers: str | None = None
@@ -314,6 +327,7 @@ class MonitorConfig(DiagnosticsConfig):
 
     _target_: str = "diagnostics.jobs.make_monitor"
     _partial_: bool = True
+    _recursive_: bool = False  # each Monitor opens its own sinks, when it is made
     accumulate: int = 1
     clip: Any = MISSING
     sink: MonitorSinksConfig = field(default_factory=MonitorSinksConfig)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -159,6 +159,22 @@ def test_defaults_of_the_thresholds_are_the_library_s_own():
 
     section = resolve(composed())["diagnostics"]["thresholds"]
     assert build(section, "diagnostics.thresholds") == Thresholds()
+
+
+def test_our_trainer_and_the_group_for_other_people_s_apps_live_in_one_process():
+    from hydra.core.config_store import ConfigStore
+
+    configs.register()
+    assert composed("diagnostics.every=3").diagnostics.every == 3
+    configs.register_trainers()
+    with initialize(None, version_base="1.3"):
+        theirs = compose(overrides=["+diagnostics=default", "diagnostics/clip=norm"])
+    assert theirs.diagnostics.clip.max_norm == 1.0
+    rules = {Path(name).stem for name in ConfigStore.instance().list("diagnostics/clip")}
+    assert rules == {path.stem for path in (CONF / "clip").glob("*.yaml")}
+    offered = {Path(name).stem for name in ConfigStore.instance().list("diagnostics")}
+    # Hydra refuses to compose where a file and a stored configuration have one name.
+    assert offered.isdisjoint(path.stem for path in (CONF / "diagnostics").glob("*.yaml"))
 
 
 def test_help_names_every_group_and_option():

@@ -27,6 +27,7 @@ from diagnostics import (
     WandbSink,
     clip_grad_norm_,
     clip_gradients,
+    preflight,
     watch,
 )
 from diagnostics.records import DiagnosticsWarning
@@ -37,15 +38,19 @@ PINNED_MODULES = (
     "clipping",
     "clip_rules",
     "clip_groups",
-    "diagnosis",
+    "thresholds",
     "schedule",
     "monitor",
     "resuming",
     "guarding",
+    "first_pass",
     "sinks/fanout",
     "sinks/wandb",
 )
-ELSEWHERE = {"W&B could not start": "takes a server that refuses"}
+ELSEWHERE = {
+    "W&B could not start": "takes a server that refuses",
+    "The model is not healthy before training": "says what a diagnosis says; test_preflight.py reads it",
+}
 """Sentences of these modules that cannot be had here."""
 
 
@@ -104,6 +109,15 @@ def step_that_is_not_finite() -> None:
         watched(torch.ones(1, 2)).sum().backward()
         watched.weight.grad[0, 0] = math.nan
         watching.clip_and_step()
+
+
+watched_once = nn.Linear(2, 1, bias=False)
+
+
+def loss_that_runs_backward() -> Tensor:
+    loss = watched_once(torch.ones(1, 2)).sum()
+    loss.backward(retain_graph=True)
+    return loss
 
 
 Case = tuple[Callable[[], object], type[Exception], str]
@@ -257,6 +271,22 @@ CASES: dict[str, Case] = {
     "nan threshold": (lambda: Thresholds(severe_decades=math.nan), ValueError, f"{DECADES} 1.5, 2.5, nan."),
     "confirm": (lambda: Thresholds(confirm=0), ValueError, "confirm must be at least 1 recorded step; got 0."),
     "clear": (lambda: Thresholds(clear=-2), ValueError, "clear must be at least 1 recorded step; got -2."),
+    "a share": (
+        lambda: Thresholds(dead_units=1.5),
+        ValueError,
+        "dead_units must be a share above 0 and at most 1; got 1.5.",
+    ),
+    "a positive threshold": (
+        lambda: Thresholds(spike_decades=math.nan),
+        ValueError,
+        "spike_decades must be a positive number; got nan.",
+    ),
+    "hysteresis": (
+        lambda: Thresholds(hysteresis=1.0),
+        ValueError,
+        "hysteresis must be at least 0 and below 1; got 1.0.",
+    ),
+    "history": (lambda: Thresholds(history=3), ValueError, "history must be at least 10 steps; got 3."),
     # a Monitor's options
     "clip": (lambda: monitor(clip=1.0), TypeError, f"clip {RULE} 1.0."),
     "accumulate": (
@@ -398,6 +428,50 @@ CASES: dict[str, Case] = {
             "Step 0 was not taken, since its gradients are not finite (total norm nan); look at the first non-finite "
             "layer, or pass nonfinite='skip'."
         ),
+    ),
+    # preflight
+    "a loss that is no function": (
+        lambda: preflight(model(), torch.ones(())),
+        TypeError,
+        "loss must be a function that runs the forward pass and returns the loss; got a Tensor.",
+    ),
+    "a loss that returns nothing": (
+        lambda: preflight(model(), lambda: None),
+        TypeError,
+        "loss must return a tensor of one element; got None.",
+    ),
+    "a loss by example": (
+        lambda: preflight(watched_once, lambda: watched_once(torch.ones(4, 2))),
+        ValueError,
+        "loss must return a tensor of one element; got one of shape (4, 1).",
+    ),
+    "a loss without grad": (
+        lambda: preflight(watched_once, lambda: watched_once(torch.ones(4, 2)).sum().detach()),
+        ValueError,
+        "loss must return a tensor that requires grad; got one without: look for detach or no_grad.",
+    ),
+    "a loss of another model": (
+        lambda: preflight(model(), lambda: watched_once(torch.ones(4, 2)).sum()),
+        ValueError,
+        (
+            "loss must depend on a trainable parameter of the model; got one that reaches none: call the model that "
+            "preflight was given."
+        ),
+    ),
+    "a loss that runs backward": (
+        lambda: preflight(watched_once, loss_that_runs_backward),
+        ValueError,
+        "loss must leave the backward pass to preflight; got one that has run it.",
+    ),
+    "a lazy model": (
+        lambda: preflight(nn.LazyLinear(2), lambda: torch.ones(())),
+        ValueError,
+        "model must have parameters of known shape; got a lazy one: pass it one batch before.",
+    ),
+    "a frozen model": (
+        lambda: preflight(model().requires_grad_(False), lambda: torch.ones(())),
+        ValueError,
+        "model must have a trainable parameter; got none.",
     ),
     "the Monitor's clip": (
         lambda: monitor().clip_grad_norm_([weight()], 0.0),

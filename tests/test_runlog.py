@@ -42,11 +42,15 @@ maybe = st.none() | numbers
 names = st.text(max_size=8)
 tuples_of = lambda one: st.lists(one, max_size=3).map(tuple)  # noqa: E731
 numels = st.integers(0, 2**40)
-statistics = st.builds(GradientStats, numels, numbers, numbers, maybe, maybe, maybe, st.integers(0, 2**40)) | st.builds(
-    lambda numel, norm: GradientStats(numel, norm, norm / math.sqrt(numel or 1)), numels, numbers
+statistics = st.builds(
+    GradientStats, numels, numbers, numbers, maybe, maybe, maybe, st.integers(0, 2**40), maybe
+) | st.builds(lambda numel, norm: GradientStats(numel, norm, norm / math.sqrt(numel or 1)), numels, numbers)
+layers = st.builds(
+    Layer, st.integers(0, 999), names, names, tuples_of(names), st.booleans(), st.none() | st.integers(0, 999)
 )
-layers = st.builds(Layer, st.integers(0, 999), names, names, tuples_of(names), st.booleans())
-layer_records = st.builds(LayerRecord, layers, st.none() | statistics, st.none() | statistics, maybe, maybe)
+layer_records = st.builds(
+    LayerRecord, layers, st.none() | statistics, st.none() | statistics, maybe, maybe, maybe, maybe, maybe
+)
 clips = st.builds(
     ClipRecord, names, numbers, maybe, numbers, maybe, st.booleans(), numbers, maybe, tuples_of(numbers),
     tuples_of(st.just(CLIP)), maybe, tuples_of(numbers), names,
@@ -102,7 +106,7 @@ def test_everything_that_was_written_comes_back_equal(
 def test_the_strategies_above_fill_every_field_of_every_record() -> None:
     """A field that is added to a record must be added here, or the round trip is not tested for it."""
     given_fields = {
-        GradientStats: 7, Layer: 5, LayerRecord: 5, ClipRecord: 13, Remedy: 2, Violation: 6, Diagnosis: 9, DepthFit: 5,
+        GradientStats: 8, Layer: 6, LayerRecord: 8, ClipRecord: 13, Remedy: 2, Violation: 6, Diagnosis: 9, DepthFit: 5,
         StepRecord: 14, RunInfo: 10, RunEnd: 6, Verdict: 3,
     }  # fmt: skip
     assert {cls: len(fields(cls)) for cls in given_fields} == given_fields

@@ -121,6 +121,14 @@ def test_the_last_layer_has_no_activation_and_so_no_gain():
     assert head.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
 
 
+@pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
+def test_a_gain_of_ones_own_takes_the_place_of_the_activation_s_in_all_layers_but_the_last(init):
+    torch.manual_seed(0)
+    _, hidden, head = linears(MLP(256, 256, depth=2, width=256, init=init, activation="tanh", gain=3.0))
+    assert hidden.weight.std().item() == pytest.approx(3 / 16, rel=0.02)
+    assert head.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+
+
 def test_orthogonal_weights_keep_lengths_but_for_the_gain():
     weight = linears(MLP(32, 10, depth=2, width=32, init="orthogonal", activation="identity"))[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(32), atol=1e-5, rtol=0)
@@ -173,6 +181,8 @@ def test_batch_normalisation_is_there_when_asked_for():
         ({"activation": "swish"}, "activation must be one of relu, tanh, sigmoid, gelu, identity; got 'swish'."),
         ({"init": "he"}, "init must be one of default, kaiming, xavier, orthogonal; got 'he'."),
         ({"norm": "group"}, "norm must be one of none, layer, batch; got 'group'."),
+        ({"init": "kaiming", "gain": 0.0}, "gain must be a positive number; got 0.0."),
+        ({"init": "xavier", "gain": 2.0}, "gain needs init=kaiming or orthogonal; got init=xavier."),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_in_one_sentence(options, said):

@@ -112,8 +112,8 @@ class Gradients:
         fresh = self.windows.fresh(held)
         wiped = fresh if not fact.norms else {index for index in fresh if self._peaks.get(index, 0.0) != 0}
         passes = self.windows.inside(fresh)
-        if wiped and not fact.closure:
-            if self._unsound.isdisjoint(passes):  # otherwise the loop skips what is not finite
+        if wiped:  # by a closure's step, which may clear what it has spent; or by a loop that skips what is not finite
+            if not fact.closure and self._unsound.isdisjoint(passes):
                 message = (
                     f"{at(fact.optimizer, fact.step)} found nothing to spend, although {_passes(len(passes))} had made "
                     f"gradients for it: those of {self._describe(fresh)} were cleared between the backward pass and "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +15,7 @@ from torch.optim import Optimizer
 
 from diagnostics.clip_rules import ClipByNorm, ClipRule
 from diagnostics.monitor import Monitor
+from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress
 from diagnostics.trainers.schedules import SCHEDULES, make_schedule
 from diagnostics.trainers.tasks import Batch, Task
@@ -28,6 +32,10 @@ LEAST = {
     "warmup_steps": 0,
     "threads": 1,
     "seed": 0,
+}
+MOST = {
+    "threads": 1024,  # many more end the process without a word
+    "seed": 2**64 - 1,  # what torch's generators take
 }
 OPTIONS: Mapping[str, Collection[str]] = {
     "precision": PRECISIONS,
@@ -86,6 +94,9 @@ class TrainerSettings:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}; got {getattr(self, name)}.")
         for name, options in OPTIONS.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
@@ -114,7 +125,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).tolist()  # a device that holds no values, such as meta, cannot train
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ValueError(f"device must be auto, cpu or one that this machine has; got {name!r} ({reason}).") from error
     return device
 
@@ -127,6 +138,38 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
         True
     """
     return torch.amp.GradScaler(device.type) if precision == "fp16" else None
+
+
+def check_together(model: nn.Module, settings: TrainerSettings, device: torch.device) -> None:
+    """Refuses a model that would break in its first step with these settings.
+
+    Args:
+        model: The model.
+        settings: How it is to be trained.
+        device: Where.
+
+    Raises:
+        ValueError: One sentence, which begins with the setting to change.
+
+    Example:
+        >>> check_together(nn.LSTM(2, 2), TrainerSettings(precision="fp16"), torch.device("cpu"))
+        Traceback (most recent call last):
+        ValueError: precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.
+    """
+    on_cpu = device.type == "cpu"
+    if on_cpu and settings.precision == "fp16" and any(isinstance(module, nn.LSTM) for module in model.modules()):
+        raise ValueError("precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.")
+    size, parts = settings.batch_size, settings.micro_batches
+    # A CNN's places count as well as its images, so that one image is enough there.
+    if (
+        size == parts
+        and isinstance(model, MLP)
+        and any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
+    ):
+        raise ValueError(f"batch_size must be at least {2 * parts} for batch normalisation, 2 per pass; got {size}.")
+    compiler = os.environ.get("CXX", "g++")
+    if settings.compile and on_cpu and sys.platform == "linux" and shutil.which(compiler) is None:
+        raise ValueError(f"compile must be false where there is no C++ compiler, such as {compiler}; got true.")
 
 
 def train(
