@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_ as torch_clip
 from torch.nn.utils import clip_grad_value_ as torch_clip_value
 from torch.nn.utils import get_total_norm
 
-from diagnostics import ClipByNorm, ClipByValue, Monitor, NonFiniteGradientError, clip_grad_norm_, clip_gradients
+from diagnostics import ClipByNorm, ClipByValue, Monitor, NonFiniteGradientError, clip_grad_norm_, clip_gradients, watch
 
 PROPERTY = settings(deadline=None, max_examples=60)
 NORM_TYPES = (0.5, 1, 1.5, 2, 4, math.inf, "inf")
@@ -364,6 +366,19 @@ class TestGradScaler:
                 step(*other)
             step(*third)
         assert [record.skipped for record in monitor.records] == [False, False]
+
+    def test_a_watched_model_with_a_scaler_is_freed_when_nobody_has_it_any_more(self):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu")
+        watch(model, optimizer, scaler=scaler, sinks=[])
+        scaler.scale(model(torch.ones(1, 6)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        alive = weakref.ref(model[0].weight)
+        del model, optimizer
+        gc.collect()
+        assert alive() is None
 
     def test_a_scaler_is_left_as_it_was(self):
         model = network()

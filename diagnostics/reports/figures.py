@@ -310,14 +310,16 @@ def _draw_lines(axes: Axes, records: Sequence[StepRecord]) -> None:
     clips = [record.clip for record in records]
     steps = [record.step for record in records]
     dots: dict[str, Any] = {"marker": ".", "markersize": 4} if len(records) < 60 else {}
-    clipping = any(clip.threshold is not None for clip in clips)
+    clipping = any(clip.rule != "none" for clip in clips)
     label = "before clipping" if clipping else "norm, not clipped"
     axes.set_yscale("log")
     axes.plot(steps, [_drawable(clip.total_norm) for clip in clips], color=BLUE, label=label, **dots)
     if clipping:
         after = [_drawable(clip.total_norm_after) for clip in clips]
         axes.plot(steps, after, color=ORANGE, linewidth=1, label="after clipping", **dots)
-        axes.plot(steps, [_drawable(clip.threshold) for clip in clips], "--", color=INK, label="threshold")
+        thresholds = [None if clip.rule == "value" else clip.threshold for clip in clips]  # one element's is no norm
+        if any(_drawable(threshold) > 0 for threshold in thresholds):
+            axes.plot(steps, [_drawable(threshold) for threshold in thresholds], "--", color=INK, label="threshold")
     _ticks(axes)
     axes.grid(axis="y", color=INK, alpha=0.25)
 

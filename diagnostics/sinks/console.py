@@ -35,7 +35,7 @@ class ConsoleSink:
         >>> sink = ConsoleSink()
         >>> sink.write(StepRecord(0, ClipRecord("norm", 2.0, 1.0, 4.0, 0.25, applied=True, total_norm_after=1.0)))
         >>> sink.write(RunEnd("finished", "", 1, Verdict("healthy", 0, "healthy")))
-        clipped 1 of 1 steps, median coefficient 0.25, max_norm 1.0
+        clipped 1 of 1 steps, median coefficient 0.25, max_norm 1
         violations: none
         verdict: healthy
     """
@@ -148,12 +148,12 @@ class _Account:
         assert self.last is not None
         clip = self.last.clip
         norms = f"largest norm {self.largest:.3g}"
-        if clip.max_norm is None:
+        if clip.rule == "none":
             typical = f"median norm {median(self.norms.values):.3g}, " if self.norms.values else ""
             return f"no clipping in {self.steps} steps, {typical}{norms}"
         told = f"median coefficient {median(self.coefficients.values):.3g}" if self.coefficients.values else norms
-        rule = f"max_norm {float(clip.max_norm)}" + ("" if clip.norm_type == 2 else f", norm_type {clip.norm_type:g}")
-        return f"clipped {self.coefficients.seen} of {self.steps} steps, {told}, {rule}"
+        by = "" if clip.rule == "norm" else f"by {clip.rule}, "
+        return f"clipped {self.coefficients.seen} of {self.steps} steps, {told}, {by}{clip.terms}"
 
 
 def console_width() -> int:
