@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_ as torch_clip
 from torch.nn.utils import clip_grad_value_ as torch_clip_value
 from torch.nn.utils import get_total_norm
 
-from diagnostics import ClipByNorm, ClipByValue, Monitor, NonFiniteGradientError, clip_grad_norm_, clip_gradients, watch
+from diagnostics import ClipByNorm, ClipByValue, Monitor, NonFiniteGradientError, clip_grad_norm_, clip_gradients
 
 PROPERTY = settings(deadline=None, max_examples=60)
 NORM_TYPES = (0.5, 1, 1.5, 2, 4, math.inf, "inf")
@@ -371,12 +371,12 @@ class TestGradScaler:
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu")
-        watch(model, optimizer, scaler=scaler, sinks=[])
+        monitor = Monitor(model, optimizer, scaler=scaler, sinks=[])
         scaler.scale(model(torch.ones(1, 6)).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
         alive = weakref.ref(model[0].weight)
-        del model, optimizer
+        del model, optimizer, monitor
         gc.collect()
         assert alive() is None
 

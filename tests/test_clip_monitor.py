@@ -412,6 +412,16 @@ class TestOwnLoops:
         assert monitor.violations == ()
 
 
+def test_a_norm_too_small_for_fp32_is_true_beside_gradients_that_are_known_to_be_zero():
+    model = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with quiet(model, optimizer, on_violation="record") as monitor:
+        for _ in range(3):
+            for parameter, size in zip(model, (0.0, 1e-25), strict=True):
+                parameter.grad = torch.tensor([size, 0.0])
+            assert monitor.clip_and_step().clip.total_norm == pytest.approx(1e-25, rel=1e-6, abs=0)
+
+
 def test_quantiles_of_the_norm_are_those_of_the_newest_thousand():
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
