@@ -156,18 +156,14 @@ def check_together(model: nn.Module, settings: TrainerSettings, device: torch.de
         Traceback (most recent call last):
         ValueError: precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.
     """
-    on_cpu = device.type == "cpu"
-    if on_cpu and settings.precision == "fp16" and any(isinstance(module, nn.LSTM) for module in model.modules()):
+    on_cpu, kinds = device.type == "cpu", {type(module) for module in model.modules()}
+    if on_cpu and settings.precision == "fp16" and nn.LSTM in kinds:
         raise ValueError("precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.")
     size, parts = settings.batch_size, settings.micro_batches
-    # A CNN's places count as well as its images, so that one image is enough there.
-    if (
-        size == parts
-        and isinstance(model, MLP)
-        and any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
-    ):
+    # Not a CNN's: there the places of one image are enough.
+    if size == parts and isinstance(model, MLP) and nn.BatchNorm1d in kinds:
         raise ValueError(f"batch_size must be at least {2 * parts} for batch normalisation, 2 per pass; got {size}.")
-    compiler = os.environ.get("CXX", "g++")
+    compiler = (os.environ.get("CXX") or "g++").split()[0]
     if settings.compile and on_cpu and sys.platform == "linux" and shutil.which(compiler) is None:
         raise ValueError(f"compile must be false where there is no C++ compiler, such as {compiler}; got true.")
 
