@@ -136,7 +136,9 @@ class TestZScore:
 
 
 class TestWarmUp:
-    @pytest.mark.parametrize("rule", [ClipByQuantile(0.5, warmup=5), ClipByZScore(warmup=5)], ids=["quantile", "zscore"])
+    @pytest.mark.parametrize(
+        "rule", [ClipByQuantile(0.5, warmup=5), ClipByZScore(warmup=5)], ids=["quantile", "zscore"]
+    )
     def test_a_rule_that_warms_up_does_not_clip_and_says_so(self, rule):
         records = told(rule, [1.0, 50.0, 1.0, 1e4, 2.0, 1e6])
         assert [record.threshold for record in records[:5]] == [math.inf] * 5
@@ -277,7 +279,9 @@ class TestGroups:
             "others": "norm",
             "^free": "none",
         }
-        assert torch.nn.utils.get_total_norm([p.grad for p in model["embedding"].parameters()]).item() == pytest.approx(0.1)
+        assert torch.nn.utils.get_total_norm([p.grad for p in model["embedding"].parameters()]).item() == pytest.approx(
+            0.1
+        )
         assert model["head"].weight.grad.max() == model["free"].weight.grad.max() == 0.25
         assert model["head"].bias.grad.norm().item() == pytest.approx(0.5)
         assert torch.equal(model["free"].bias.grad, torch.ones(2))
