@@ -47,6 +47,7 @@ ORDER = (
     "configs",
     "jobs",
     "cli",
+    "outcomes",
 )
 """A module imports only from its left."""
 
@@ -67,6 +68,7 @@ STEP_PATH = {*ORDER} - {
     "configs",
     "jobs",
     "cli",
+    "outcomes",
 }
 WITHOUT_TORCH = (
     "layers",
