@@ -67,6 +67,7 @@ ORDER = (
     "configs",
     "jobs",
     "cli",
+    "outcomes",
 )
 """A module imports only from its left."""
 
@@ -88,6 +89,7 @@ STEP_PATH = {*ORDER} - {
     "configs",
     "jobs",
     "cli",
+    "outcomes",
 }
 WITHOUT_TORCH = (
     "layers",
