@@ -135,7 +135,7 @@ class Ledger:
         self._tell(RunEnd(status, ended, self._steps, self.verdict(), self._summary(), error))
         for failure in self._sinks.close():
             self.warn(failure)
-        if status == "finished":
+        if status in ("finished", "stopped"):
             self._announce_violations(late)
 
     def state_dict(self) -> dict[str, Any]:

@@ -356,8 +356,8 @@ class Monitor(Guarded, Resumable):
         """Takes every hook away, writes the end of the run to the sinks and closes them. Again is harmless.
 
         Args:
-            status: ``"finished"``, ``"failed"`` or ``"interrupted"``.
-            error: The exception in one line.
+            status: ``"finished"``, ``"stopped"``, ``"failed"`` or ``"interrupted"``.
+            error: The exception, or the reason, in one line.
 
         Raises:
             ContractError: If only now it is known which rule was broken, and ``on_violation="raise"``.
