@@ -23,19 +23,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diagnostics import statistics
-from diagnostics.depth import Call, CallOrder, Owner
+from diagnostics import dead, magnitudes, statistics
+from diagnostics.depth import Owner
+from diagnostics.forward import OUTPUT, Forward, Point, Role
 
 _NO_BACKWARD = -1
 
 
 @dataclass(slots=True)
-class OutputGradient:
-    """The gradient of a layer call's output, taken apart; several of one call merge."""
+class MeasuredGradient:
+    """The gradient of a tensor between layers: taken apart where it is an output's, else its norm alone.
 
-    call: Call
+    Attributes:
+        roles: What it is to which layers.
+        numel: Number of elements.
+        norm: Euclidean norm.
+        parts: Everything else; None where no layer made the tensor.
+        share: For a fused recurrent layer the share of its results, one per example and step, that have a gradient.
+    """
+
+    roles: Sequence[Role]
     numel: int
-    parts: statistics.Parts
+    norm: Tensor
+    parts: magnitudes.Parts | None = None
+    share: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -48,7 +59,7 @@ class BackwardPass:
         replaced: Those of them whose ``.grad`` was no longer the tensor that the step had spent.
         cleared: Parameters to which an earlier pass had added what no step has spent, and whose ``.grad`` was None.
         accumulated: Parameters that the pass added to.
-        outputs: Output gradients, in the order of the backward pass.
+        gradients: Those of tensors between layers, in the order of the backward pass.
     """
 
     held: tuple[int, ...] = ()
@@ -56,7 +67,7 @@ class BackwardPass:
     replaced: frozenset[int] = frozenset()
     cleared: frozenset[int] = frozenset()
     accumulated: set[int] = field(default_factory=set)
-    outputs: list[OutputGradient] = field(default_factory=list)
+    gradients: list[MeasuredGradient] = field(default_factory=list)
 
 
 class _Hook:
@@ -64,9 +75,7 @@ class _Hook:
 
     __slots__ = ("key", "note", "watcher")
 
-    def __init__(
-        self, watcher: Watcher | None = None, note: Callable[..., None] | None = None, key: int | Call = 0
-    ) -> None:
+    def __init__(self, watcher: Watcher | None = None, note: Callable[..., None] | None = None, key: Any = 0) -> None:
         self.watcher = watcher
         self.note = note
         self.key = key
@@ -101,7 +110,7 @@ class Watcher:
     Attributes:
         recording: Whether output gradients are taken in the forward passes to come.
         timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
-        orders: Order of calls by model.
+        forward: What the forward passes have shown.
         failure: The exception that switched the Watcher off.
     """
 
@@ -116,7 +125,7 @@ class Watcher:
         self.recording = outputs
         self.listening = True
         self.timeline: list[Any] = []
-        self.orders = [CallOrder() for _ in models]
+        self.forward = Forward(owners, len(models))
         self.failure: Exception | None = None
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
@@ -127,11 +136,7 @@ class Watcher:
         self._first: int | None = None
         self._running: list[int] = []
         self._current = BackwardPass()
-        self._ranks: dict[int, int] = {}
-        self._traces: list[list[Call]] = [[] for _ in models]
-        self._attached: set[Call] = set()
-        self._begun = [False for _ in models]
-        self._counts = [False for _ in models]
+        self._leaves: list[RemovableHandle] = []
         if outputs:
             self._watch_forward(models)
         self.adopt(parameters)
@@ -187,7 +192,8 @@ class Watcher:
     def drain(self) -> list[Any]:
         """The timeline since the last call; the next step begins a new one."""
         self._settle()
-        self._end_traces()
+        self.forward.settle()
+        self._let_go_of_leaves()
         timeline, self.timeline = self.timeline, []
         return timeline
 
@@ -207,6 +213,7 @@ class Watcher:
     def remove(self) -> None:
         """Takes every hook away."""
         self.listening = False
+        self._let_go_of_leaves()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -228,62 +235,58 @@ class Watcher:
         for index, owner in enumerate(self._owners):
             module = owner.module()
             if module is not None:
-                self._handles.append(module.register_forward_hook(_Hook(self, self._after_call, index)))
+                after = _Hook(self, self._after_call, index)
+                self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+        for root, model in enumerate(models.values()):
+            self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
 
     def _root_begins(self, root: int, *_: Any) -> None:
         if self.recording and _graph_task() == _NO_BACKWARD:
             self._settle()
-            self._begin_trace(root)
+            self.forward.begin(root)
 
-    def _after_call(self, index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _after_call(self, index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.recording:
             return
-        root = self._owners[index].root
         task = _graph_task()
         if task == _NO_BACKWARD:
             self._settle()
-            if not self._begun[root] or (not self._counts[root] and torch.is_grad_enabled()):
-                self._begin_trace(root)
-            if not self._counts[root]:
-                return
+            points = self.forward.called(index, (args, kwargs), output)
         else:  # a checkpointed segment runs again: its calls are known, and only a reentrant one has new output tensors
             self._enter(task)
-        call = (index, self._ranks.get(index, 0))
-        if task == _NO_BACKWARD:
-            self._ranks[index] = call[1] + 1
-            self._traces[root].append(call)
+            points = self.forward.called_again(index, (args, kwargs), output)
+        for point in points:
+            self._listen(point)
+
+    def _root_ends(self, root: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self.recording and _graph_task() == _NO_BACKWARD:
+            for point in self.forward.ended(root, output):
+                self._listen(point)
+
+    def _listen(self, point: Point) -> None:
+        hook = _Hook(
+            self, self._gradient_arrives, (point.roles, point.fused)
+        )  # not the tensor, which would then hold itself
+        if not isinstance(point.place, Tensor):
+            point.place.register_prehook(hook)
+        elif point.place.is_leaf:  # may be the user's for many steps
+            self._leaves.append(point.place.register_hook(hook))  # type: ignore[no-untyped-call]
         else:
-            call = (index, 0)
-            if call in self._attached:
-                return
-        for tensor in _tensors_in(output):
-            if tensor.requires_grad:
-                self._attached.add(call)
-                tensor.register_hook(_Hook(self, self._output_gradient, call))  # type: ignore[no-untyped-call]
+            point.place.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _begin_trace(self, root: int) -> None:
-        self._end_trace(root)
-        self._begun[root] = True
-        self._counts[root] = torch.is_grad_enabled()
-        for index, owner in enumerate(self._owners):
-            if owner.root == root:
-                self._ranks.pop(index, None)
-
-    def _end_trace(self, root: int) -> None:
-        self.orders[root].extend(self._traces[root])
-        self._traces[root] = []
-        self._attached = {call for call in self._attached if self._owners[call[0]].root != root}
-
-    def _end_traces(self) -> None:
-        for root in range(len(self._traces)):
-            self._end_trace(root)
-            self._begun[root] = False
+    def _let_go_of_leaves(self) -> None:
+        while self._leaves:
+            self._leaves.pop().remove()
 
     # backward
 
-    def _output_gradient(self, call: Call, gradient: Tensor) -> None:
+    def _gradient_arrives(
+        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...]
+    ) -> None:
         current = self._enter(_graph_task())
-        current.outputs.append(OutputGradient(call, gradient.numel(), statistics.take_apart(gradient)))
+        only = gradient if isinstance(gradient, Tensor) else gradient[0]
+        if only is not None:
+            current.gradients.append(_measured(*point, only))
 
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
         self._enter(_graph_task())
@@ -338,7 +341,7 @@ class Watcher:
             self._unspent |= self._current.accumulated
             self._post_sentinel()
         self._current = BackwardPass()
-        self._begun = [False for _ in self._begun]
+        self.forward.separate()
 
     def _look(self) -> BackwardPass:
         """What is in ``.grad`` before a pass adds to it: what a step has spent, or nothing where something was."""
@@ -371,12 +374,9 @@ def _version(tensor: Tensor) -> int:
     return int(tensor._version)  # noqa: SLF001 -- documented under "in-place correctness checks"; no public name
 
 
-def _tensors_in(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors_in(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors_in(value)
+def _measured(roles: Sequence[Role], fused: bool, gradient: Tensor) -> MeasuredGradient:
+    numel = gradient.numel()
+    if not any(role.kind == OUTPUT for role in roles):
+        return MeasuredGradient(roles, numel, magnitudes.safe_norm(gradient))
+    parts = magnitudes.take_apart(gradient)
+    return MeasuredGradient(roles, numel, parts.norm, parts, dead.row_share(gradient) if fused else None)
