@@ -19,10 +19,11 @@ from diagnostics.clipping import rule_of, tensors_of
 from diagnostics.contract import Contract
 from diagnostics.facts import Facts
 from diagnostics.guarding import Guarded
-from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.hooks import Watcher
 from diagnostics.ledger import Ledger, ending, is_alarm
 from diagnostics.observation import Catalogue, Observation, Seen, see
 from diagnostics.options import Clip, Options, models_of, one_number, optimizers_of
+from diagnostics.passes import BackwardPass
 from diagnostics.records import (
     ClipRecord,
     NonFiniteGradientError,
