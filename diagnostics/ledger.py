@@ -167,10 +167,10 @@ class Ledger:
     def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
         new = [violation for violation in violations if violation.count == 1]
         if new and self._options.on_violation == "raise":
-            raise ContractError(f"{new[0]} {_more(new[0].rule)}")
+            raise ContractError(str(new[0]))
         if self._options.on_violation == "warn":
             for violation in new:
-                self.warn(f"{violation} {_more(violation.rule)}")
+                self.warn(str(violation))
 
     def _hand_on(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -258,8 +258,5 @@ def _frames_to_the_user() -> int:
 
 def _with_remedies(found: Diagnosis) -> str:
     tries = "; ".join(str(remedy) for remedy in found.remedies)
-    return f"{found} Try: {tries}. {_more(found.condition)}" if tries else f"{found} {_more(found.condition)}"
-
-
-def _more(name: str) -> str:
-    return f"More: diagnostics-explain {name}."
+    advice = f" Try: {tries}." if tries else ""
+    return f"{found}{advice} More: diagnostics-explain {found.condition}."

@@ -25,6 +25,9 @@ from diagnostics.recording import Recording
 from diagnostics.records import ClipRecord, Layer, LayerRecord, Layers
 from diagnostics.unit import Unit
 
+NEGLIGIBLE = 1e-4
+"""A gradient so much smaller than the optimizer's largest is not expected to move its parameter."""
+
 
 class Catalogue:
     """Parameters by index and name, and the table of layers.
@@ -276,15 +279,21 @@ class Observation:
         assert self._moved is not None
         assert self._sampled_peaks is not None
         moved, peaks, norms = self._moved, self._sampled_peaks.values, self._weights.values
+        least = NEGLIGIBLE * max(filter(math.isfinite, peaks), default=0.0)
+        indices = [self.catalogue.index(tensor) for tensor in self._held]
         known = []
-        for tensor, rate, peak, norm in zip(self._held, self._rate_of_each(), peaks, norms, strict=True):
+        for index, tensor, rate, peak, norm in zip(
+            indices, self._held, self._rate_of_each(), peaks, norms, strict=True
+        ):
+            if peak < least:  # such as a bias before a normalisation: its gradient is rounding noise
+                continue
             rms = norm / math.sqrt(max(1, min(tensor.numel(), statistics.UPDATE_SAMPLE)))
-            known.append((self.catalogue.index(tensor), Update(rate, peak, rms, statistics.resolution(tensor.dtype))))
+            known.append((index, Update(rate, peak, rms, statistics.resolution(tensor.dtype))))
 
         def told() -> tuple[set[int], dict[int, bool]]:
-            pairs = list(zip(known, moved.values, strict=True))
-            changed = {index for (index, _), distance in pairs if distance != 0}
-            still = {index: update.lost for (index, update), distance in pairs if distance == 0 and update.expected}
+            distances = dict(zip(indices, moved.values, strict=True))
+            changed = {index for index, distance in distances.items() if distance != 0}
+            still = {index: update.lost for index, update in known if distances[index] == 0 and update.expected}
             return changed, still
 
         return told

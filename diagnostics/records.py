@@ -155,7 +155,7 @@ class Violation:
 
     def __str__(self) -> str:
         again = f" Seen {self.count} times." if self.count > 1 else ""
-        return f"{self.rule}: {self.message} {self.remedy}{again} See: diagnostics-explain {self.rule}"
+        return f"{self.rule}: {self.message} {self.remedy}{again} More: diagnostics-explain {self.rule}."
 
 
 @dataclass(frozen=True, slots=True)
