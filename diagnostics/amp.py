@@ -85,13 +85,13 @@ def inside_step(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[Tensor | N
 
     None where there is nothing: such a step is the only one that starts although gradients are scaled or not finite.
     """
-    found = [[getattr(one, name, None) for name in ("grad_scale", "found_inf")] for one in optimizers]
-    scale, overflow = zip(*found, strict=True)
-    return (_first(scale), _first(overflow))
+    stepping = list(optimizers)
+    return _first(stepping, "grad_scale"), _first(stepping, "found_inf")
 
 
-def _first(values: Iterable[Tensor | None]) -> Tensor | None:
-    return next((value for value in values if value is not None), None)
+def _first(optimizers: Iterable[torch.optim.Optimizer], name: str) -> Tensor | None:
+    held = (getattr(optimizer, name, None) for optimizer in optimizers)
+    return next((value for value in held if value is not None), None)
 
 
 def _unscale_once(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:

@@ -68,6 +68,7 @@ class Parts:
     clip: ClipRule | None
     scaler: GradScaler | None
     monitoring: Mapping[str, Any]
+    stop_when_sick: bool = False
 
 
 def train() -> None:
@@ -181,10 +182,12 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
                     parts.trainer,
                     clip=parts.clip,
                     scaler=parts.scaler,
+                    stop_when_sick=parts.stop_when_sick,
                 )
-            log({**evaluation, "optim_step": parts.trainer.steps})
+            steps = monitor.records[-1].step + 1
+            log({**evaluation, "optim_step": steps})
         shown = ", ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
-        print(f"{info.name}: {shown} after {parts.trainer.steps} steps")
+        print(f"{info.name}: {shown} after {steps} steps")
         return loop.objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
     finally:
         if settings["sink"]["runlog"]:
@@ -208,6 +211,9 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     task = build(settings["task"], "task", trusted=trusted)
     clip = build(settings["clip"], "clip") if settings["clip"] else None
     monitoring = {key: value for key, value in settings["diagnostics"].items() if key != "thresholds"}
+    stop_when_sick = monitoring["on_diagnosis"] == "stop"
+    if stop_when_sick:
+        monitoring["on_diagnosis"] = "warn"  # the Monitor says it, the loop acts on it
     with refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
@@ -224,7 +230,7 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     optimizer = build(settings["optimizer"], "optimizer", model.parameters(), trusted=trusted)
     scaler = make_scaler(trainer.precision, device)
     monitoring |= {"clip": clip, "accumulate": trainer.micro_batches, "scaler": scaler}
-    return Parts(trainer, task, model, optimizer, clip, scaler, monitoring)
+    return Parts(trainer, task, model, optimizer, clip, scaler, monitoring, stop_when_sick)
 
 
 def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequence[str] = OURS, **keywords: Any) -> Any:

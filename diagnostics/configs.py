@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -137,6 +138,24 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     for message in (*_forced_keys(config, ""), *_bad_numbers(plain, ""), *_paths_outside(plain)):
         raise ConfigurationError(message)
     return {str(key): value for key, value in plain.items()}
+
+
+def compose_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """What a command line of the training job means, resolved; for a program that starts runs of its own.
+
+    Args:
+        overrides: Of the command line.
+
+    Raises:
+        ConfigurationError: As :func:`resolve` does; Hydra's own errors where the overrides do not compose.
+
+    Example:
+        >>> register_trainers()
+        >>> compose_settings(["model.depth=12"])["model"]["depth"]
+        12
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolve(compose("train", overrides=list(overrides)))
 
 
 def _paths_outside(plain: Mapping[Any, Any]) -> Iterator[str]:

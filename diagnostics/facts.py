@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from diagnostics import statistics
+from diagnostics import magnitudes, statistics
 from diagnostics.acts import Backward, Clip, Closing, Moved, Step
 from diagnostics.graph import where
-from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.hooks import Watcher
 from diagnostics.marks import Look
 from diagnostics.observation import Catalogue, Observation
+from diagnostics.passes import BackwardPass
 from diagnostics.records import ClipRecord, StepRecord
 from diagnostics.unit import Unit
 
@@ -69,8 +70,8 @@ class Facts:
         ]
         self._changes = self._ask_stranded(passes)
         for ran in self._ran.values():
-            ran.update(self._watcher.ran)
-        self._watcher.ran = set()
+            ran.update(self._watcher.forward.ran)
+        self._watcher.forward.ran = set()
 
         earlier, self._moved = self._moved, []
 
@@ -163,7 +164,7 @@ class Facts:
             for index in fresh - self._owned:
                 tensor = self._catalogue.tensor(index)
                 if tensor is not None and self._catalogue.is_inside(index):
-                    self._stranded[index] = statistics.sample(tensor, statistics.FRACTION_SAMPLE).clone()
+                    self._stranded[index] = statistics.sample(tensor, magnitudes.FRACTION_SAMPLE).clone()
         return self._ask_changes()
 
     @torch.no_grad()
@@ -174,7 +175,7 @@ class Facts:
             if tensor is None or tensor.grad is None or index in self._owned or tensor.numel() == 0:
                 del self._stranded[index]
             else:
-                now = statistics.sample(tensor, statistics.FRACTION_SAMPLE)
+                now = statistics.sample(tensor, magnitudes.FRACTION_SAMPLE)
                 asked[index] = self._reader.ask((now != first.to(now.device)).any())
         return asked
 

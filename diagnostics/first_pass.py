@@ -19,10 +19,11 @@ from torch.nn.parameter import is_lazy
 from diagnostics import diagnosis, meanfield, statistics
 from diagnostics.depth import Call
 from diagnostics.diagnosis import State
-from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.hooks import Watcher
 from diagnostics.meanfield import Stack
 from diagnostics.observation import Catalogue, Observation
 from diagnostics.options import models_of
+from diagnostics.passes import BackwardPass
 from diagnostics.records import (
     SOLE_OPTIMIZER,
     WARNING,

@@ -6,7 +6,9 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from diagnostics.forward import tensors_in
 
 LONGEST = 100_000
 """Nodes of the graph that are looked at, at most."""
@@ -40,23 +42,6 @@ class Leaves:
         if nodes:
             self.done = True
             self.found = [weakref.ref(leaf) for leaf in _leaves(nodes, inputs)]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings, tuples and lists.
-
-    Example:
-        >>> len(list(tensors_in({"a": Tensor([1]), "b": [Tensor([2]), None]})))
-        2
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors_in(one)
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from tensors_in(one)
 
 
 def where(parameter: nn.Parameter, models: Mapping[str, nn.Module]) -> str:

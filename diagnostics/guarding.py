@@ -26,7 +26,7 @@ class Guarded(LedgerView):
         if self._watcher.failure is not None and not self._told_failure:
             self._told_failure = True
             self._ledger.warn(_switched_off("A hook", self._watcher.failure))
-        self._ledger.announce(record)
+        self._ledger.announce(record, listening=self._watcher.listening)
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,53 +24,13 @@ from torch.utils.hooks import RemovableHandle
 
 from diagnostics import statistics
 from diagnostics.callback import Hook as _Hook
-from diagnostics.depth import Call, CallOrder, Owner
-from diagnostics.graph import Leaves, tensors_in
-from diagnostics.marks import Look, Marks, is_other, version
+from diagnostics.depth import Owner
+from diagnostics.forward import Forward, Point, Role
+from diagnostics.graph import Leaves
+from diagnostics.marks import Marks, is_other, version
+from diagnostics.passes import BackwardPass, measured
 
 _NO_BACKWARD = -1
-
-
-@dataclass(slots=True)
-class OutputGradient:
-    """The gradient of a layer call's output, taken apart; several of one call merge."""
-
-    call: Call
-    numel: int
-    parts: statistics.Parts
-
-
-@dataclass(slots=True)
-class BackwardPass:
-    """One backward pass that accumulated into watched parameters; statistics still on the device.
-
-    Attributes:
-        held: Parameters that a step had spent and whose ``.grad`` was not None when the pass began.
-        leftover: 1-norm of those gradients at that moment; a norm without squares, so that none is too small for it.
-        replaced: Those of them whose ``.grad`` was no longer the tensor that the step had spent.
-        cleared: Parameters to which an earlier pass had added what no step has spent, and whose ``.grad`` was None.
-        before: A few gradients of earlier passes that no step has spent, as they were when the pass began.
-        touched: Whether somebody had written to those.
-        accumulated: Parameters that the pass added to.
-        ends: The ones that it reached first and last.
-        after: Those two when the pass ended.
-        continued: Whether it is the rest of a pass in the middle of which a step was taken.
-        training: Whether a model was in training mode.
-        outputs: Output gradients, in the order of the backward pass.
-    """
-
-    held: tuple[int, ...] = ()
-    leftover: Tensor = field(default_factory=lambda: torch.zeros(0))
-    replaced: frozenset[int] = frozenset()
-    cleared: frozenset[int] = frozenset()
-    before: Look = field(default_factory=Look)
-    touched: bool = False
-    accumulated: set[int] = field(default_factory=set)
-    ends: tuple[int, ...] = ()
-    after: Look = field(default_factory=Look)
-    continued: bool = False
-    training: bool = True
-    outputs: list[OutputGradient] = field(default_factory=list)
 
 
 class Watcher:
@@ -86,9 +45,8 @@ class Watcher:
     Attributes:
         recording: Whether output gradients are taken in the forward passes to come.
         timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
-        orders: Order of calls by model.
+        forward: What the forward passes have shown.
         overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
-        ran: Owners that were called with gradients enabled since somebody emptied the set; looked at while recording.
         leaves: What the models' first forward passes used.
         failure: The exception that switched the Watcher off.
     """
@@ -104,9 +62,8 @@ class Watcher:
         self.recording = outputs
         self.listening = True
         self.timeline: list[Any] = []
-        self.orders = [CallOrder() for _ in models]
+        self.forward = Forward(owners, len(models))
         self.overdue: Callable[[], Sequence[Any]] = tuple
-        self.ran: set[int] = set()
         self.leaves = [Leaves() for _ in models]
         self.failure: Exception | None = None
         self._owners = owners
@@ -121,11 +78,7 @@ class Watcher:
         self._first: int | None = None
         self._running: list[int] = []
         self._current = BackwardPass()
-        self._ranks: dict[int, int] = {}
-        self._traces: list[list[Call]] = [[] for _ in models]
-        self._attached: set[Call] = set()
-        self._begun = [False for _ in models]
-        self._counts = [False for _ in models]
+        self._on_leaves: list[RemovableHandle] = []
         if outputs:
             self._watch_forward(models)
         self.adopt(parameters)
@@ -192,11 +145,12 @@ class Watcher:
         """The timeline since the last call; the next step begins a new one."""
         if _graph_task() == _NO_BACKWARD:
             self._settle()
+            self._let_go_of_leaves()
         elif self._current.accumulated:  # a step inside the backward pass spends what the pass has made so far
             self.timeline.append(self._current)
             self._unspent |= self._current.accumulated
             self._current = BackwardPass(continued=True, training=self._current.training)
-        self._end_traces()
+        self.forward.settle()
         self.timeline += self.overdue()
         timeline, self.timeline = self.timeline, []
         return timeline
@@ -220,6 +174,7 @@ class Watcher:
     def remove(self) -> None:
         """Takes every hook away."""
         self.listening = False
+        self._let_go_of_leaves()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -237,74 +192,65 @@ class Watcher:
 
     def _watch_forward(self, models: Mapping[str, nn.Module]) -> None:
         for root, model in enumerate(models.values()):
-            self._handles.append(
-                model.register_forward_pre_hook(_Hook(self, self._root_begins, root), with_kwargs=True)
-            )
-            self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
+            begins = _Hook(self, self._root_begins, root)
+            self._handles.append(model.register_forward_pre_hook(begins, with_kwargs=True))
         for index, owner in enumerate(self._owners):
             module = owner.module()
             if module is not None:
-                self._handles.append(module.register_forward_hook(_Hook(self, self._after_call, index)))
+                after = _Hook(self, self._after_call, index)
+                self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+        for root, model in enumerate(models.values()):
+            self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
 
     def _root_begins(self, root: int, _module: nn.Module, *arguments: Any) -> None:
         self.leaves[root].begins(arguments)
         if self.recording and _graph_task() == _NO_BACKWARD:
             self._settle()
-            self._begin_trace(root)
+            self.forward.begin(root)
 
-    def _root_ends(self, root: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.leaves[root].ends(output)
-
-    def _after_call(self, index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _after_call(self, index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.recording:
             return
-        root = self._owners[index].root
         task = _graph_task()
         if task == _NO_BACKWARD:
             self._settle()
-            if not self._begun[root] or (not self._counts[root] and torch.is_grad_enabled()):
-                self._begin_trace(root)
-            if not self._counts[root]:
-                return
+            points = self.forward.called(index, (args, kwargs), output)
         else:  # a checkpointed segment runs again: its calls are known, and only a reentrant one has new output tensors
             self._enter(task)
-        call = (index, self._ranks.get(index, 0))
-        if task == _NO_BACKWARD:
-            self._ranks[index] = call[1] + 1
-            self._traces[root].append(call)
+            points = self.forward.called_again(index, (args, kwargs), output)
+        for point in points:
+            self._listen(point)
+
+    def _root_ends(self, root: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.leaves[root].ends(output)
+        if self.recording and _graph_task() == _NO_BACKWARD:
+            for point in self.forward.ended(root, output):
+                self._listen(point)
+
+    def _listen(self, point: Point) -> None:
+        hook = _Hook(
+            self, self._gradient_arrives, (point.roles, point.fused)
+        )  # not the tensor, which would then hold itself
+        if not isinstance(point.place, Tensor):
+            point.place.register_prehook(hook)
+        elif point.place.is_leaf:  # may be the user's for many steps
+            self._on_leaves.append(point.place.register_hook(hook))  # type: ignore[no-untyped-call]
         else:
-            call = (index, 0)
-            if call in self._attached:
-                return
-        for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                self._attached.add(call)
-                tensor.register_hook(_Hook(self, self._output_gradient, call))  # type: ignore[no-untyped-call]
+            point.place.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _begin_trace(self, root: int) -> None:
-        self._end_trace(root)
-        self._begun[root] = True
-        self._counts[root] = torch.is_grad_enabled()
-        for index, owner in enumerate(self._owners):
-            if owner.root == root:
-                self._ranks.pop(index, None)
-
-    def _end_trace(self, root: int) -> None:
-        self.orders[root].extend(self._traces[root])
-        self.ran.update(index for index, _ in self._traces[root])
-        self._traces[root] = []
-        self._attached = {call for call in self._attached if self._owners[call[0]].root != root}
-
-    def _end_traces(self) -> None:
-        for root in range(len(self._traces)):
-            self._end_trace(root)
-            self._begun[root] = False
+    def _let_go_of_leaves(self) -> None:
+        while self._on_leaves:
+            self._on_leaves.pop().remove()
 
     # backward
 
-    def _output_gradient(self, call: Call, gradient: Tensor) -> None:
+    def _gradient_arrives(
+        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...]
+    ) -> None:
         current = self._enter(_graph_task())
-        current.outputs.append(OutputGradient(call, gradient.numel(), statistics.take_apart(gradient)))
+        only = gradient if isinstance(gradient, Tensor) else gradient[0]
+        if only is not None:
+            current.gradients.append(measured(*point, only))
 
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
         self._enter(_graph_task())
@@ -362,7 +308,7 @@ class Watcher:
             self._unspent |= self._current.accumulated
             self._post_sentinel()
         self._current = BackwardPass()
-        self._begun = [False for _ in self._begun]
+        self.forward.separate()
 
     def _look(self) -> BackwardPass:
         """What is in ``.grad`` before a pass adds to it: what a step has spent, or nothing where something was."""

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diagnostics.configs import ConfigurationError
@@ -124,6 +125,25 @@ def refusals(key: str, section: Mapping[str, Any]) -> Iterator[None]:
         said = str(error).splitlines()[0].rstrip(".")
         joint = "." if said.split(" ")[0] in section else ": "
         raise ConfigurationError(f"{key}{joint}{said}.") from error
+
+
+class TellStopping(Callback):
+    """Says at the end of a sweep what stopping saved; ``hydra.callbacks`` names it.
+
+    Hydra does not call it where a job failed: ``diagnostics-report`` on the sweep's folder says the same.
+
+    Example:
+        >>> TellStopping().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "nowhere"}}}))
+    """
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Reads the sweep's run logs and prints what they say together."""
+        from diagnostics.reports.stopping import tell_stopping  # noqa: PLC0415 -- once, at the very end
+        from diagnostics.runlog import FILE_NAME, read_run  # noqa: PLC0415 -- likewise
+
+        logs = sorted(Path(config.hydra.sweep.dir).rglob(FILE_NAME))
+        for line in tell_stopping([read_run(log) for log in logs]):
+            sys.stdout.write(f"{line}\n")
 
 
 def make_monitor(

@@ -38,6 +38,13 @@ from diagnostics.thresholds import Thresholds
 WINDOW = 1000
 """How many records are kept."""
 
+BLIND = (
+    "No output gradient was seen, so depth is not judged; weight gradients are. Inside a compiled model no hook runs: "
+    "take some steps under torch.compiler.set_stance('force_eager') to judge it. Otherwise the model's layers are not "
+    "called as modules."
+)
+"""What is said once when the first recorded step has no output gradients."""
+
 _NOT_THE_USER = ("diagnostics", "torch", "contextlib")
 
 
@@ -67,6 +74,7 @@ class Ledger:
         self._state = diagnosis.State()
         self._found: list[Violation] = []  # broken since the last record
         self._waiting: StepRecord | None = None
+        self._told_blind = False
         self._steps = 0
         self._clipped = 0
         self._decades: float | None = None
@@ -111,8 +119,17 @@ class Ledger:
             self._tell(record)
         return record
 
-    def announce(self, record: StepRecord) -> None:
-        """Tells the user what is new at a step, by a warning or an error as he asked for."""
+    def announce(self, record: StepRecord, *, listening: bool = True) -> None:
+        """Tells the user what is new at a step, by a warning or an error as he asked for.
+
+        Args:
+            record: The step.
+            listening: Whether the hooks are at work; if not, the reason was told.
+        """
+        if listening and record.recorded and record.backward_passes and not self._told_blind:
+            self._told_blind = True
+            if all(layer.output is None for layer in record.layers.before_step):
+                self.warn(BLIND)
         self._announce_violations(record.violations)
         serious = [one for one in record.diagnoses if is_alarm(one)]
         if serious and self._options.on_diagnosis == "raise":
@@ -135,7 +152,7 @@ class Ledger:
         self._tell(RunEnd(status, ended, self._steps, self.verdict(), self._summary(), error))
         for failure in self._sinks.close():
             self.warn(failure)
-        if status == "finished":
+        if status in ("finished", "stopped"):
             self._announce_violations(late)
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,10 +167,10 @@ class Ledger:
     def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
         new = [violation for violation in violations if violation.count == 1]
         if new and self._options.on_violation == "raise":
-            raise ContractError(f"{new[0]} {_more(new[0].rule)}")
+            raise ContractError(str(new[0]))
         if self._options.on_violation == "warn":
             for violation in new:
-                self.warn(f"{violation} {_more(violation.rule)}")
+                self.warn(str(violation))
 
     def _hand_on(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -241,8 +258,5 @@ def _frames_to_the_user() -> int:
 
 def _with_remedies(found: Diagnosis) -> str:
     tries = "; ".join(str(remedy) for remedy in found.remedies)
-    return f"{found} Try: {tries}. {_more(found.condition)}" if tries else f"{found} {_more(found.condition)}"
-
-
-def _more(name: str) -> str:
-    return f"More: diagnostics-explain {name}."
+    advice = f" Try: {tries}." if tries else ""
+    return f"{found}{advice} More: diagnostics-explain {found.condition}."

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diagnostics import statistics
+from diagnostics import magnitudes, statistics
 
 
 @dataclass(slots=True)
@@ -70,5 +70,5 @@ def is_other(tensor: Tensor, seen: weakref.ref[Tensor], at_version: int) -> bool
 def _look(present: Sequence[tuple[int, Tensor]]) -> Look:
     if not present:
         return Look()
-    samples = [statistics.sample(tensor, statistics.FRACTION_SAMPLE) for _, tensor in present]
+    samples = [statistics.sample(tensor, magnitudes.FRACTION_SAMPLE) for _, tensor in present]
     return Look(tuple(index for index, _ in present), statistics.parameter_norms(samples, math.inf))

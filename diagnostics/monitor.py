@@ -19,10 +19,11 @@ from diagnostics.clipping import rule_of, tensors_of
 from diagnostics.contract import Contract
 from diagnostics.facts import Facts
 from diagnostics.guarding import Guarded
-from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.hooks import Watcher
 from diagnostics.ledger import Ledger, ending, is_alarm
 from diagnostics.observation import Catalogue, Observation, Seen, see
 from diagnostics.options import Clip, Options, models_of, one_number, optimizers_of
+from diagnostics.passes import BackwardPass
 from diagnostics.records import (
     ClipRecord,
     NonFiniteGradientError,
@@ -356,8 +357,8 @@ class Monitor(Guarded, Resumable):
         """Takes every hook away, writes the end of the run to the sinks and closes them. Again is harmless.
 
         Args:
-            status: ``"finished"``, ``"failed"`` or ``"interrupted"``.
-            error: The exception in one line.
+            status: ``"finished"``, ``"stopped"``, ``"failed"`` or ``"interrupted"``.
+            error: The exception, or the reason, in one line.
 
         Raises:
             ContractError: If only now it is known which rule was broken, and ``on_violation="raise"``.

@@ -13,13 +13,20 @@ from torch import Tensor, nn
 
 from diagnostics import amp, statistics
 from diagnostics.acts import NOBODY
-from diagnostics.assembly import OUTSIDE, Piece, Sampled, Update, layer_records, piece, update_ratios
+from diagnostics.assembly import OUTSIDE, Around, Piece, Sampled, Update, layer_records, update_ratios
 from diagnostics.clip_groups import GroupState
 from diagnostics.clip_writing import Clipping
-from diagnostics.depth import Call, find_owners, layer_table
-from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.dead import DeadUnits
+from diagnostics.depth import Call, find_owners, layer_table, unit_weights
+from diagnostics.forward import Forward
+from diagnostics.hooks import Watcher
+from diagnostics.passes import BackwardPass
+from diagnostics.recording import Recording
 from diagnostics.records import ClipRecord, Layer, LayerRecord, Layers
 from diagnostics.unit import Unit
+
+NEGLIGIBLE = 1e-4
+"""A gradient so much smaller than the optimizer's largest is not expected to move its parameter."""
 
 
 class Catalogue:
@@ -33,6 +40,7 @@ class Catalogue:
     def __init__(self, models: Mapping[str, nn.Module], pattern: str | None = None) -> None:
         self.models = list(models)
         self.owners, named = find_owners(models)
+        self.dead = DeadUnits(unit_weights(self.owners, named))
         self.names = list(named)
         self._tensors = [weakref.ref(tensor) for tensor in named.values()]
         self._index = {id(tensor): index for index, tensor in enumerate(named.values())}
@@ -99,17 +107,18 @@ class Catalogue:
             watcher: Has seen the calls.
             home: Tell only of this model.
         """
-        version = (sum(order.version for order in watcher.orders), len(self.names))
+        version = (watcher.forward.version, len(self.names))
         if version != self._version:
             self._version = version
-            self._table = self._make_table([order.calls for order in watcher.orders])
+            self._table = self._make_table(watcher.forward)
         if home is None:
             return self._table
         return [(layer, call) for layer, call in self._table if self.owners[call[0]].root == home]
 
-    def _make_table(self, orders: Sequence[Sequence[Call]]) -> list[tuple[Layer, Call]]:
-        every = [call for root, calls in enumerate(orders) for call in calls or self._registered(root)]
+    def _make_table(self, forward: Forward) -> list[tuple[Layer, Call]]:
+        every = [call for root, order in enumerate(forward.orders) for call in order.calls or self._registered(root)]
         table = layer_table(self.owners, every) if every else []
+        table = [(forward.place(layer, call), call) for layer, call in table]
         outside = tuple(self.names[self._inside :])
         if outside:
             table.append((Layer(len(table), OUTSIDE, "Parameter", outside, trunk=False), (-1, 0)))
@@ -187,10 +196,8 @@ class Observation:
             self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
-        self._noted = [item for one in self.passes for item in one.outputs] if recorded else []
-        self._profiles = reader.ask(statistics.profiles([item.parts for item in self._noted]))
-        self._peaks = reader.ask(statistics.peaks(self.gradients)) if recorded else None
-        self._fractions = reader.ask(statistics.fractions(self.gradients)) if recorded else None
+        names = [catalogue.names[index] for index in self.indices]
+        self._recording = Recording(reader, self.passes, names, self.gradients, catalogue.dead) if recorded else None
         self._held = [tensor for tensor in held if tensor.requires_grad] if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
         self._weights = reader.ask(statistics.parameter_norms(self._before))
@@ -239,11 +246,15 @@ class Observation:
             chosen: The layers to tell of.
             clip_factor: What the gradients had been multiplied by before they were measured.
         """
-        pieces, outputs, weights = self._weight_pieces(clip_factor), self._output_pieces(), self._sampled()
+        pieces, weights, scale = self._weight_pieces(clip_factor), self._sampled(), self.loss_scale
+        recording = self._recording
+        around = recording.around(scale) if recording else dict
+        dead = recording.dead() if recording else {}
 
         def measured() -> list[LayerRecord]:
-            found = outputs()
-            return layer_records([(layer, found.get(call, ())) for layer, call in chosen], pieces(), weights)
+            found: dict[Call, Around] = around()
+            rows = [(layer, found.get(call) or Around()) for layer, call in chosen]
+            return layer_records(rows, pieces(), weights, dead, scale)
 
         moved = self._moved
         if moved is None:
@@ -268,15 +279,21 @@ class Observation:
         assert self._moved is not None
         assert self._sampled_peaks is not None
         moved, peaks, norms = self._moved, self._sampled_peaks.values, self._weights.values
+        least = NEGLIGIBLE * max(filter(math.isfinite, peaks), default=0.0)
+        indices = [self.catalogue.index(tensor) for tensor in self._held]
         known = []
-        for tensor, rate, peak, norm in zip(self._held, self._rate_of_each(), peaks, norms, strict=True):
+        for index, tensor, rate, peak, norm in zip(
+            indices, self._held, self._rate_of_each(), peaks, norms, strict=True
+        ):
+            if peak < least:  # such as a bias before a normalisation: its gradient is rounding noise
+                continue
             rms = norm / math.sqrt(max(1, min(tensor.numel(), statistics.UPDATE_SAMPLE)))
-            known.append((self.catalogue.index(tensor), Update(rate, peak, rms, statistics.resolution(tensor.dtype))))
+            known.append((index, Update(rate, peak, rms, statistics.resolution(tensor.dtype))))
 
         def told() -> tuple[set[int], dict[int, bool]]:
-            pairs = list(zip(known, moved.values, strict=True))
-            changed = {index for (index, _), distance in pairs if distance != 0}
-            still = {index: update.lost for (index, update), distance in pairs if distance == 0 and update.expected}
+            distances = dict(zip(indices, moved.values, strict=True))
+            changed = {index for index, distance in distances.items() if distance != 0}
+            still = {index: update.lost for index, update in known if distances[index] == 0 and update.expected}
             return changed, still
 
         return told
@@ -293,29 +310,18 @@ class Observation:
             sampled[self.catalogue.name(tensor)] = Sampled(norm * factor, factor)
         return sampled
 
-    def _output_pieces(self) -> Callable[[], dict[Call, list[Piece]]]:
-        """Makes the pieces of output gradients, likewise from numbers alone."""
-        calls, values, scale = [(item.call, item.numel) for item in self._noted], self._profiles.values, self.loss_scale
-
-        def make() -> dict[Call, list[Piece]]:
-            outputs: dict[Call, list[Piece]] = {}
-            for place, (call, numel) in enumerate(calls):
-                outputs.setdefault(call, []).append(piece(numel, values[place :: len(calls)], scale))
-            return outputs
-
-        return make
-
     def _weight_pieces(self, clip_factor: float) -> Callable[[], dict[str, Piece]]:
         """Makes the pieces of weight gradients from numbers alone, later: a record must not keep tensors alive."""
         names = [self.catalogue.names[index] for index in self.indices]
         sizes, count = [gradient.numel() for gradient in self.gradients], len(self.gradients)
         norms, nonfinite = self.clipping.euclidean
         scale = self.clipping.scale
-        peaks = [peak / scale for peak in self._peaks.values] if self._peaks else [None] * count
-        fractions = self._fractions.values if self._fractions else [None] * (2 * count)
+        peaks = [peak / scale for peak in self._recording.peaks.values] if self._recording else [None] * count
+        fractions = self._recording.fractions.values if self._recording else [None] * (3 * count)
 
         def make() -> dict[str, Piece]:
-            columns = zip(sizes, norms, peaks, fractions[:count], fractions[count:], nonfinite, strict=True)
+            shares = [fractions[row * count : (row + 1) * count] for row in range(3)]
+            columns = zip(sizes, norms, peaks, *shares, nonfinite, strict=True)
             return {name: Piece(*column).divided(clip_factor) for name, column in zip(names, columns, strict=True)}
 
         return make

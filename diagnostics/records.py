@@ -166,7 +166,7 @@ class Violation:
 
     def __str__(self) -> str:
         again = f" Seen {self.count} times." if self.count > 1 else ""
-        return f"{self.rule}: {self.message} {self.remedy}{again} See: diagnostics-explain {self.rule}"
+        return f"{self.rule}: {self.message} {self.remedy}{again} More: diagnostics-explain {self.rule}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,13 +344,14 @@ class RunEnd:
     """How a run ended; the last thing that every sink is given.
 
     Attributes:
-        status: ``"finished"``, ``"failed"`` (an exception) or ``"interrupted"`` (Ctrl-C, SIGTERM).
+        status: ``"finished"``, ``"stopped"`` (early, by the trainer), ``"failed"`` (an exception) or ``"interrupted"``
+            (Ctrl-C, SIGTERM).
         ended: ISO 8601 time with zone.
         steps: Number of records.
         verdict: The verdict over the whole run.
         summary: ``verdict``, ``severity``, ``decades``, ``violations``, ``clip_fraction``, ``first_nonfinite_step`` and
             ``first_violation_step``; what does not apply is left out.
-        error: The exception in one line, or None.
+        error: The exception, or why the run was stopped, in one line; or None.
 
     Example:
         >>> RunEnd("finished", "", 10, Verdict("healthy", 0, "healthy")).error is None

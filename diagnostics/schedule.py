@@ -12,9 +12,9 @@ from torch import Tensor
 from diagnostics.amp import SkippedStep
 from diagnostics.clip_groups import ClipByGroup
 from diagnostics.clip_rules import ClipRule, Measure
-from diagnostics.hooks import BackwardPass
 from diagnostics.observation import Catalogue
 from diagnostics.options import Clip
+from diagnostics.passes import BackwardPass
 from diagnostics.records import SOLE_OPTIMIZER
 from diagnostics.unit import Unit
 

@@ -28,6 +28,7 @@ LearningRateSchedule = Enum("LearningRateSchedule", ["constant", "linear", "cosi
 Mistake = Enum("Mistake", ["none", "missing_zero_grad", "clip_after_step"])
 NonFinite = Enum("NonFinite", ["skip", "raise", "step"])
 Reaction = Enum("Reaction", ["warn", "raise", "record"])
+TrainerReaction = Enum("TrainerReaction", ["warn", "stop", "raise", "record"])
 WandbMode = Enum("WandbMode", ["offline", "online", "disabled"])
 
 
@@ -222,7 +223,7 @@ class DiagnosticsConfig:
     layers: str | None = None
     nonfinite: NonFinite = MISSING
     on_violation: Reaction = MISSING
-    on_diagnosis: Reaction = MISSING
+    on_diagnosis: TrainerReaction = MISSING
     thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
 
 
@@ -270,6 +271,7 @@ class TrainerConfig:
     batch_size: int = MISSING
     micro_batches: int = MISSING
     evaluate_every: int = MISSING
+    patience: int = MISSING
     precision: Precision = MISSING
     schedule: LearningRateSchedule = MISSING
     warmup_steps: int = MISSING
@@ -328,6 +330,7 @@ class MonitorConfig(DiagnosticsConfig):
     _target_: str = "diagnostics.jobs.make_monitor"
     _partial_: bool = True
     _recursive_: bool = False  # each Monitor opens its own sinks, when it is made
+    on_diagnosis: Reaction = MISSING  # type: ignore[assignment]  # only our own loop can stop
     accumulate: int = 1
     clip: Any = MISSING
     sink: MonitorSinksConfig = field(default_factory=MonitorSinksConfig)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.clip_state import ClipState, Member, NormWindow
-from diagnostics.hooks import BackwardPass
+from diagnostics.passes import BackwardPass
 from diagnostics.records import NORM_QUANTILES, ClipRecord, StepRecord
 
 NORM_WINDOW = 1000

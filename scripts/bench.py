@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variant", choices=VARIANTS, default=[*VARIANTS], help=", ".join(VARIANTS), **several)
     parser.add_argument("--clipping", choices=REGIMES, default=["never"], help=", ".join(REGIMES), **several)
     parser.add_argument("--micro-batches", type=int, choices=(1, 4), default=[1], nargs="+", help="per step; 1, 4")
-    parser.add_argument("--rounds", type=positive, help="blocks of each variant; 10")
+    parser.add_argument("--rounds", type=positive, help="blocks of each variant; 10 unless said")
     parser.add_argument("--threads", choices=("1", "all"), default="1", help="CPU time at 1, or wall time at all")
     parser.add_argument("--quick", action="store_true", help="tiny models and blocks, two rounds: does it run?")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write machine, versions and tables there")

@@ -25,8 +25,12 @@ ORDER = (
     "layers",
     "records",
     "statistics",
+    "magnitudes",
+    "dead",
     "assembly",
     "depth",
+    "trunk",
+    "forward",
     "norms",
     "clip_state",
     "clip_rules",
@@ -47,7 +51,9 @@ ORDER = (
     "callback",
     "graph",
     "marks",
+    "passes",
     "hooks",
+    "recording",
     "unit",
     "observation",
     "facts",
@@ -67,6 +73,7 @@ ORDER = (
     "configs",
     "jobs",
     "cli",
+    "outcomes",
 )
 """A module imports only from its left."""
 
@@ -88,6 +95,7 @@ STEP_PATH = {*ORDER} - {
     "configs",
     "jobs",
     "cli",
+    "outcomes",
 }
 WITHOUT_TORCH = (
     "layers",

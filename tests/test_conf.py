@@ -148,6 +148,7 @@ def test_the_schema_offers_what_the_code_offers():
         ClipGrouping: GROUPINGS,
         schemas.NonFinite: NONFINITE_POLICIES,
         schemas.Reaction: REACTIONS,
+        schemas.TrainerReaction: ("warn", "stop", "raise", "record"),
     }
     for options, known in pairs.items():
         assert list(options.__members__) == list(known)

@@ -542,7 +542,7 @@ def test_warnings_have_a_category_of_their_own() -> None:
     watching = Monitor(watched, optimizer, sinks=[])
     with pytest.warns(
         DiagnosticsWarning,
-        match=r"^step_without_grads: Step 0 had nothing to spend: .+\. Call .+\. See: diagnostics-explain \w+$",
+        match=r"^step_without_grads: Step 0 had nothing to spend: .+\. Call .+\. More: diagnostics-explain \w+\.$",
     ):
         watching.clip_and_step()
     watching.close()

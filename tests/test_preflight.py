@@ -389,7 +389,7 @@ def test_it_prints_a_table_what_it_means_and_the_verdict():
     assert text.startswith("before training:\n")
     assert "hidden.3.linear" in text
     assert re.search(r"χ₁ 0\.0(19|20)\d? per layer \(theory\): trains up to about 2 layers", text)
-    assert "try: use an activation whose slope does not saturate" in text
+    assert "try: add residual connections" in text
     assert "unconfirmed (1 record)" in text.replace("\n  ", " ")
 
 
@@ -407,16 +407,18 @@ def test_a_sick_net_is_an_error_that_says_what_was_seen_and_what_to_try():
         assert_healthy(model, lambda: model(torch.randn(8, 16)).square().mean())
     said = str(caught.value)
     assert said.startswith("The model is not healthy before training. vanishing: the gradient fades by 0.8")
-    assert "Try: use an activation whose slope does not saturate;" in said
+    assert "Try: add residual connections;" in said
     assert said.endswith(".")
     assert "model.activation" not in said
 
 
 def test_remedies_name_the_overrides_of_the_run_that_is_given():
     model = MLP(16, 2, depth=8, width=64, activation="sigmoid")
-    run = RunInfo("x", config={"model": {"activation": "sigmoid", "init": "default"}})
-    with pytest.raises(DiagnosisError, match=r"\(model\.activation=\w+\)"):
-        assert_healthy(model, lambda: model(torch.randn(8, 16)).square().mean(), run=run)
+    options = {"_target_": "diagnostics.trainers.models.MLP", "activation": "sigmoid", "residual": False}
+    with pytest.raises(DiagnosisError, match=r"\(model\.residual=true\)"):
+        assert_healthy(
+            model, lambda: model(torch.randn(8, 16)).square().mean(), run=RunInfo("x", config={"model": options})
+        )
 
 
 def test_thresholds_are_heeded():

@@ -225,7 +225,7 @@ def test_the_message_says_how_much_larger_the_gradient_is_than_the_fresh_one():
             monitor.clip_and_step()
     assert found(monitor) == [("missing_zero_grad", 1, ("weight",))]
     assert "the gradient is 2 × the fresh one of step 0" in monitor.violations[0].message
-    assert str(monitor.violations[0]).endswith("See: diagnostics-explain missing_zero_grad")
+    assert str(monitor.violations[0]).endswith("More: diagnostics-explain missing_zero_grad.")
 
 
 def test_one_layer_that_zero_grad_does_not_reach_is_named():

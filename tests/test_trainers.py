@@ -17,7 +17,7 @@ from diagnostics.trainers.loop import OBJECTIVES, TrainerSettings, choose_device
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress, write_line
 from diagnostics.trainers.provenance import describe_run, git_state
-from diagnostics.trainers.tasks import Digits
+from diagnostics.trainers.tasks import Digits, _load_digits
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_more_examples_than_there_are_cannot_make_a_batch(digits):
 
 def test_a_missing_scikit_learn_is_said_with_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    _load_digits.cache_clear()  # another test has read them
     with pytest.raises(ModuleNotFoundError, match=r"pip install .training-diagnostics\[data\]"):
         Digits()
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.clip_rules import ClipByNorm, ClipRule
+from diagnostics.ledger import is_alarm
 from diagnostics.monitor import Monitor
+from diagnostics.records import SEVERITY_NAMES
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress
 from diagnostics.trainers.schedules import SCHEDULES, make_schedule
@@ -29,6 +31,7 @@ LEAST = {
     "batch_size": 1,
     "micro_batches": 1,
     "evaluate_every": 1,
+    "patience": 1,
     "warmup_steps": 0,
     "threads": 1,
     "seed": 0,
@@ -55,6 +58,7 @@ class TrainerSettings:
         micro_batches: Backward passes per step; each takes an equal part of the step's examples.
         evaluate_every: Steps between evaluations on the held-out examples; the first is before step 0, and the last
             step has one whatever this says.
+        patience: Steps for which a diagnosis at warning or above may stand before a run that stops when sick does.
         precision: ``fp32``; ``bf16`` or ``fp16`` under ``torch.autocast``, weights stay fp32. ``fp16`` needs a
             GradScaler, see :func:`make_scaler`.
         schedule: How the learning rate falls after the warm-up: ``constant`` (it does not), ``linear`` or ``cosine``.
@@ -80,6 +84,7 @@ class TrainerSettings:
     batch_size: int = 64
     micro_batches: int = 1
     evaluate_every: int = 50
+    patience: int = 300
     precision: str = "fp32"
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -156,18 +161,14 @@ def check_together(model: nn.Module, settings: TrainerSettings, device: torch.de
         Traceback (most recent call last):
         ValueError: precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.
     """
-    on_cpu = device.type == "cpu"
-    if on_cpu and settings.precision == "fp16" and any(isinstance(module, nn.LSTM) for module in model.modules()):
+    on_cpu, kinds = device.type == "cpu", {type(module) for module in model.modules()}
+    if on_cpu and settings.precision == "fp16" and nn.LSTM in kinds:
         raise ValueError("precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.")
     size, parts = settings.batch_size, settings.micro_batches
-    # A CNN's places count as well as its images, so that one image is enough there.
-    if (
-        size == parts
-        and isinstance(model, MLP)
-        and any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
-    ):
+    # Not a CNN's: there the places of one image are enough.
+    if size == parts and isinstance(model, MLP) and nn.BatchNorm1d in kinds:
         raise ValueError(f"batch_size must be at least {2 * parts} for batch normalisation, 2 per pass; got {size}.")
-    compiler = os.environ.get("CXX", "g++")
+    compiler = (os.environ.get("CXX") or "g++").split()[0]
     if settings.compile and on_cpu and sys.platform == "linux" and shutil.which(compiler) is None:
         raise ValueError(f"compile must be false where there is no C++ compiler, such as {compiler}; got true.")
 
@@ -181,10 +182,12 @@ def train(
     *,
     clip: ClipRule | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    stop_when_sick: bool = False,
 ) -> dict[str, float]:
     """Trains ``model`` on ``task`` for ``settings.steps`` steps.
 
-    A step that the Monitor skips, as fp16 does until the loss scale fits, does not advance the schedule.
+    A step that the Monitor skips, as fp16 does until the loss scale fits, does not advance the schedule. A run that is
+    stopped early closes its Monitor as ``stopped``, with the reason.
 
     Args:
         model: Maps a batch's inputs to outputs; already on its device.
@@ -194,6 +197,7 @@ def train(
         settings: Everything else.
         clip: The rule that ``mistake="clip_after_step"`` applies too late, if it clips by norm.
         scaler: What :func:`make_scaler` gave.
+        stop_when_sick: Whether to end the run early once a diagnosis has stood for ``settings.patience`` steps.
 
     Returns:
         ``eval/loss`` and ``eval/accuracy`` of the final weights.
@@ -220,7 +224,21 @@ def train(
             if not record.skipped:  # torch warns of a schedule that is ahead of its optimizer
                 schedule.step()
             progress.advance(record.loss)
+            if stop_when_sick and (reason := incurable(monitor, settings.patience)):
+                monitor.close("stopped", reason)
+                break
     return evaluate(model, task, settings.precision)
+
+
+def incurable(monitor: Monitor, patience: int) -> str | None:
+    """Why a run need not go on: the diagnosis at warning or above that has stood for so many steps; None if it may."""
+    last = monitor.records[-1]
+    if not last.recorded:
+        return None
+    for one in monitor.diagnoses:
+        if is_alarm(one) and last.step - one.step >= patience:
+            return f"{one.condition} ({SEVERITY_NAMES[one.severity]}) has stood since step {one.step}"
+    return None
 
 
 def _backward(
