@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diagnostics import statistics
 from diagnostics.clip_groups import GroupState
-from diagnostics.clip_state import ClipState, Limit, Member
+from diagnostics.clip_state import ClipState, Member
 from diagnostics.norms import GradientNorms, NormReading, p_norm, real_values, shares
 from diagnostics.records import ClipRecord
 
@@ -93,11 +93,6 @@ class Clipping:
         if not isinstance(self.state, GroupState):
             return self.norms[0].total
         return p_norm(self._sizes(), self.state.norm_type)
-
-    @property
-    def limit(self) -> Limit | None:
-        """What the rule makes of all gradients together; None if it does not clip them by their norm."""
-        return self.state.limit(self.total)
 
     def tensor(self) -> Tensor:
         """The norm as torch returns it."""
