@@ -132,7 +132,7 @@ class Clipping:
             norm_type=self.state.norm_type,
             max_norm=None,
             total_norm=total,
-            clip_coef=after / total if total > 0 else 1.0,
+            clip_coef=after / total if total else 1.0,
             applied=any(record.applied for record in records),
             total_norm_after=after,
             shares=shares(self._sizes(), total, self.state.norm_type),

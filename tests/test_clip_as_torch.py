@@ -84,7 +84,7 @@ class TestNorm:
         same(ours, theirs)
 
     @pytest.mark.parametrize(
-        "max_norm", [1, True - 0.5, torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(1, dtype=torch.int64)]
+        "max_norm", [1, True - 0.5, torch.tensor(1.0), torch.tensor([[1.0]]), torch.tensor(1, dtype=torch.int64)]
     )
     @pytest.mark.parametrize("norm_type", [2, 2.0, torch.tensor(2.0), "inf"])
     def test_numbers_may_come_as_torch_takes_them(self, max_norm, norm_type):

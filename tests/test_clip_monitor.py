@@ -285,6 +285,18 @@ class TestSeveralOptimizers:
             found = [monitor.clip_and_step(optimizer).clip for optimizer in optimizers]
         assert [(one.rule, one.applied) for one in found] == [("norm", True), ("none", False)]
 
+    def test_one_optimizer_may_be_mapped_too_and_a_step_without_gradients_has_no_parts(self):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for rule, parts in ((ClipByNorm(1e-3), 0), (ClipByGroup(ClipByNorm(1e-3)), 1)):
+            with quiet(model, optimizer, clip={optimizer: rule}, on_violation="record") as monitor:
+                optimizer.zero_grad()
+                empty = monitor.clip_and_step()
+                train(model, optimizer, monitor.clip_and_step, 1)
+            assert (empty.clip.applied, empty.clip.total_norm, empty.clip.parts) == (False, 0.0, ())
+            assert monitor.records[-1].clip.applied
+            assert len(monitor.records[-1].clip.parts) == parts
+
     def test_optimizers_are_groups_too(self):
         models, optimizers = self.pair()
         with quiet(models, optimizers, clip=ClipByGroup(ClipByNorm(0.01), by="optimizer")) as monitor:

@@ -319,6 +319,21 @@ class TestGroups:
         record = clip_gradients([weight(3.0), weight(4.0)], ClipByGroup(ClipByNorm(1.0)))
         assert [(part.group, part.total_norm) for part in record.parts] == [("0", 5.0)]
 
+    def test_groups_come_as_an_optimizer_takes_them(self):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        named = torch.optim.SGD(model.named_parameters(), lr=0.1)
+        by_name = ClipByGroup(ClipByNorm(1.0), by="name", rules={"bias": None})
+        for form in (named.param_groups, model.named_parameters(), list(model.named_parameters())):
+            assert [part.group for part in clip_gradients(form, by_name).parts] == ["others", "bias"]
+        one = [{"params": model[0].weight}, {"params": iter([model[1].weight, model[0].bias])}]
+        assert [len(part.shares) for part in clip_gradients(one, ClipByGroup(ClipByNorm(1.0))).parts] == [1, 2]
+        used = model.parameters()
+        list(used)
+        with pytest.raises(ValueError, match="nothing left in it"):
+            clip_gradients(used, ClipByGroup(ClipByNorm(1.0)))
+
     def test_nothing_to_clip_has_no_parts(self):
         record = clip_gradients([], ClipByGroup(ClipByNorm(1.0)))
         assert (record.total_norm, record.parts, record.applied) == (0.0, (), False)
