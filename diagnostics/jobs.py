@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from diagnostics.configs import CONF
 from diagnostics.records import RunInfo
 from diagnostics.sinks import Sink
 from diagnostics.sinks.runlog import RunLogSink
@@ -82,6 +86,28 @@ def _common_overrides(sweep: Path) -> list[str]:
     """What was asked of all jobs: the sweep's own overrides, of which those with several values match no job's."""
     written = sweep / "multirun.yaml"  # Hydra's sweepers write it before the first job
     return list(OmegaConf.load(written).hydra.overrides.task) if written.exists() else []
+
+
+def recompose(overrides: Sequence[str], changes: Sequence[str]) -> DictConfig:
+    """The configuration of a run with some overrides changed.
+
+    Args:
+        overrides: The run's own.
+        changes: Take the place of those of the same key. One that chooses another option of a group also takes the
+            place of overrides of keys inside of it, which the new option may not have.
+    """
+    keys = [change.partition("=")[0] for change in changes]
+    kept = [one for one in overrides if not any(_is_inside(one.lstrip("+~").partition("=")[0], key) for key in keys)]
+    known = GlobalHydra.instance().is_initialized()
+    running: AbstractContextManager[Any] = (
+        nullcontext() if known else initialize_config_dir(str(CONF), version_base="1.3")
+    )
+    with running:
+        return compose("train", overrides=[*kept, *changes])
+
+
+def _is_inside(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
 
 
 class TellStopping(Callback):

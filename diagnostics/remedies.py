@@ -17,7 +17,7 @@ OURS = "diagnostics.trainers."
 _LEARNING_RATES = ("optimizer.lr", "optim.lr", "optimizer.learning_rate", "learning_rate", "lr")
 _MAX_NORMS = ("clip.max_norm", "diagnostics.clip.max_norm")
 _RECURRENT = ("rnn", "gru", "lstm")
-_USUAL_RATE = 0.001
+_USUAL_RATES = {"sgd": 0.03, "adam": 0.001, "adamw": 0.001}
 _ABSENT = object()
 
 
@@ -191,13 +191,16 @@ def _own(setup: Setup, overrides: str) -> str:
 
 def _adaptive(setup: Setup) -> Iterator[Try]:
     if setup.optimizer not in ("adam", "adamw"):
-        overrides = f"optimizer=adamw optimizer.lr={_USUAL_RATE}" if setup.model else ""
+        overrides = f"optimizer=adamw optimizer.lr={_USUAL_RATES['adamw']}" if setup.model else ""
         yield "use an optimizer that divides by the gradient's own size, such as AdamW", overrides
 
 
 def _slower(setup: Setup) -> Try:
     key = setup.first_number(*_LEARNING_RATES)
-    return "lower the learning rate", f"{key}={setup.get(key) / 10:.3g}" if key else ""
+    if key is None:
+        return "lower the learning rate", ""
+    rate = min(setup.get(key) / 10, _USUAL_RATES.get(setup.optimizer, math.inf))
+    return "lower the learning rate", f"{key}={rate:.3g}"
 
 
 def _warm_up(setup: Setup) -> Iterator[Try]:

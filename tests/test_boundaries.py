@@ -50,6 +50,7 @@ ORDER = (
     "schemas",
     "configs",
     "jobs",
+    "second_opinion",
     "cli",
 )
 """A module imports only from its left."""
@@ -70,6 +71,7 @@ STEP_PATH = {*ORDER} - {
     "schemas",
     "configs",
     "jobs",
+    "second_opinion",
     "cli",
 }
 WITHOUT_TORCH = (
@@ -91,6 +93,7 @@ WITHOUT_TORCH = (
     "reports.figures",
     "reports.gather",
     "schemas",
+    "second_opinion",
 )
 
 HOMES = {
