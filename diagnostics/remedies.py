@@ -180,7 +180,9 @@ def _nonfinite(setup: Setup, *, forward: float | None) -> Iterator[Try]:
         yield "look for sqrt, norm, log or a division whose derivative is infinite at zero", ""
 
 
-_RESIDUAL = "add residual connections", "model.residual=true"
+# With a wider initialisation the gradient doubles at every layer: forty residual ReLU layers reached 0.97 of the digits
+# with PyTorch's own and 0.24 with Kaiming's.
+_RESIDUAL = "add residual connections, with PyTorch's own initialisation", "model.residual=true model.init=default"
 _NORMALISE = "normalise between the layers", "model.norm=batch"
 
 
