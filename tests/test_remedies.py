@@ -88,6 +88,7 @@ def test_what_the_run_already_follows_is_left_out():
     ("condition", "overrides", "first"),
     [
         ("vanishing", ("model.activation=sigmoid", "model.depth=12", "optimizer=sgd"), "model.residual=true"),
+        ("vanishing", ("model=cnn", "model.depth=15"), "model.norm=batch model.residual=true"),
         ("vanishing", ("model=rnn", "task=temporal_order"), "model=lstm"),
         ("vanishing", ("model=lstm", "task=temporal_order"), "model.forget_bias=3.0"),
         ("exploding", ("model.norm=batch", "model.depth=60"), "model.residual=true"),
