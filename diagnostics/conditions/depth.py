@@ -189,8 +189,8 @@ def _detached(case: Case) -> Diagnosis | None:
     if not cut or any(one.layer.name in case.memory.alive for one in cut):
         return None
     message = (
-        f"no gradient goes further back than depth {first.depth} ({first.name}): {places(cut)} trainable and never "
-        "reached. Look for detach(), no_grad(), .item(), .data, argmax or rounding between the two."
+        f"no gradient goes further back than depth {first.depth} ({first.name}); trainable and never reached: "
+        f"{places(cut)}. Look for detach(), no_grad(), .item(), .data, argmax or rounding between the two."
     )
     evidence = {"layers": float(len(cut)), "first_reached": float(first.depth), "threshold": 0.0}
     return case.finding("broken_at", SEVERE, cut[-1].layer.depth, evidence, message)
