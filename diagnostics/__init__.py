@@ -29,10 +29,13 @@ _HOMES = {
         "Verdict",
         "Violation",
     ],
-    "clipping": ["ClipByNorm", "clip_grad_norm_", "clip_gradients"],
+    "clip_groups": ["ClipByGroup"],
+    "clip_rules": ["ClipByNorm", "ClipByQuantile", "ClipByValue", "ClipByZScore", "ClipRule"],
+    "clipping": ["clip_grad_norm_", "clip_gradients"],
     "thresholds": ["Thresholds"],
     "diagnosis": ["diagnose"],
     "monitor": ["Monitor"],
+    "first_pass": ["Preflight", "assert_healthy", "preflight"],
     "runlog": ["Run", "read_run"],
     "sinks": ["Sink"],
     "sinks.console": ["ConsoleSink"],
@@ -64,8 +67,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from diagnostics.clipping import ClipByNorm, clip_grad_norm_, clip_gradients
+    from diagnostics.clip_groups import ClipByGroup
+    from diagnostics.clip_rules import ClipByNorm, ClipByQuantile, ClipByValue, ClipByZScore, ClipRule
+    from diagnostics.clipping import clip_grad_norm_, clip_gradients
     from diagnostics.diagnosis import diagnose
+    from diagnostics.first_pass import Preflight, assert_healthy, preflight
     from diagnostics.monitor import Monitor
     from diagnostics.records import (
         ClipRecord,

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from diagnostics.records import GradientStats, Layer, LayerRecord
 
 OUTSIDE = "(outside the model)"
+_SINGLE = 2.0**-23
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Piece:
     abs_max: float | None = None
     zero_fraction: float | None = None
     underflow_fraction: float | None = None
+    underflow_fp16_fraction: float | None = None
     nonfinite: int = 0
 
     def divided(self, factor: float) -> Piece:
@@ -31,6 +33,15 @@ class Piece:
             return self
         peak = None if self.abs_max is None else self.abs_max / factor
         return replace(self, norm=self.norm / factor, abs_max=peak)
+
+    def without_empty(self, share: float) -> Piece:
+        """The piece without rows of zeros, given the share of the other rows; all of it where there are no others."""
+        if not 0 < share < 1 or self.zero_fraction is None:
+            return self
+        small = [self.underflow_fraction, self.underflow_fp16_fraction]
+        own, fp16 = (None if one is None else one / share for one in small)
+        zero = max(0.0, 1 - (1 - self.zero_fraction) / share)
+        return Piece(round(self.numel * share), self.norm, self.abs_max, zero, own, fp16, self.nonfinite)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +52,59 @@ class Sampled:
     factor: float
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Why a parameter should have moved at a step that left it as it was.
+
+    Attributes:
+        rate: Its learning rate.
+        peak: Largest magnitude of its gradient, in the sample that its value is looked at in.
+        rms: Size of a typical element of its value.
+        resolution: Relative distance of neighbouring numbers in its dtype.
+    """
+
+    rate: float
+    peak: float
+    rms: float
+    resolution: float
+
+    @property
+    def expected(self) -> bool:
+        """Whether it should have moved: neither the learning rate nor the gradient is to blame.
+
+        A gradient that is so small that it would not move a number in float32 is no fault of the loop: the run has
+        converged, or the gradient vanishes.
+        """
+        if not (self.rate != 0 and 0 < self.peak < math.inf):
+            return False
+        return self.lost or abs(self.rate) * self.peak > _SINGLE * self.rms
+
+    @property
+    def lost(self) -> bool:
+        """Whether the update is rounded away even for a gradient of size 1, or by a dtype that is coarser than float32.
+
+        Example:
+            >>> Update(rate=1e-5, peak=0.1, rms=1.0, resolution=2**-7).lost
+            True
+            >>> Update(rate=1e-3, peak=0.1, rms=1.0, resolution=2**-23).lost
+            False
+        """
+        size = abs(self.rate) * min(self.peak, 1.0)
+        least = self.rms * self.resolution / 4
+        return size < least and (
+            abs(self.rate) < least or (self.resolution > _SINGLE and size > _SINGLE * self.rms / 4)
+        )
+
+
 def piece(numel: int, values: Sequence[float], scale: float = 1.0) -> Piece:
-    """A Piece from a column of ``statistics.profiles``, divided by the loss scale.
+    """A Piece from a column of ``magnitudes.profiles``, divided by the loss scale.
 
     Example:
-        >>> piece(4, [16.0, 8.0, 0.0, 0.0, 0.0], scale=2.0).norm
+        >>> piece(4, [16.0, 8.0, 0.0, 0.0, 0.0, 0.0], scale=2.0).norm
         8.0
     """
-    norm, peak, zero, underflow, nonfinite = values
-    return Piece(numel, norm if math.isfinite(peak) else peak, peak, zero, underflow, int(nonfinite)).divided(scale)
+    norm, peak, zero, own, fp16, nonfinite = values
+    return Piece(numel, norm if math.isfinite(peak) else peak, peak, zero, own, fp16, int(nonfinite)).divided(scale)
 
 
 def merge(pieces: Sequence[Piece]) -> GradientStats | None:
@@ -72,27 +127,65 @@ def merge(pieces: Sequence[Piece]) -> GradientStats | None:
         zero_fraction=_mean([(part.numel, part.zero_fraction) for part in pieces]),
         underflow_fraction=_mean([(part.numel, part.underflow_fraction) for part in pieces]),
         nonfinite=sum(part.nonfinite for part in pieces),
+        underflow_fp16_fraction=_mean([(part.numel, part.underflow_fp16_fraction) for part in pieces]),
     )
 
 
+@dataclass(slots=True)
+class Around:
+    """What passed back through one layer at a step.
+
+    Attributes:
+        outputs: The gradients of its outputs.
+        inputs: Norms of the gradients of its inputs by the serial number of the call.
+        made: Norms of those of its outputs, likewise.
+        stream: Size and norm of the gradients of the stream behind the branch that it ends.
+    """
+
+    outputs: list[Piece] = field(default_factory=list)
+    inputs: dict[int, list[float]] = field(default_factory=dict)
+    made: dict[int, list[float]] = field(default_factory=dict)
+    stream: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def gain(self) -> float | None:
+        """Norm at the inputs over norm at the outputs, over those calls that have both."""
+        both = self.inputs.keys() & self.made.keys()
+        made = math.hypot(*(norm for serial in both for norm in self.made[serial]))
+        read = math.hypot(*(norm for serial in both for norm in self.inputs[serial]))
+        return read / made if 0 < made < math.inf else None
+
+    def stream_rms(self, scale: float) -> float | None:
+        """Root mean square of the stream's gradient, divided by the loss scale."""
+        numel = sum(size for size, _ in self.stream)
+        return math.hypot(*(norm for _, norm in self.stream)) / scale / math.sqrt(numel) if numel else None
+
+
 def layer_records(
-    layers: Sequence[tuple[Layer, Sequence[Piece]]],
+    layers: Sequence[tuple[Layer, Around]],
     gradients: Mapping[str, Piece],
     weights: Mapping[str, Sampled],
+    dead: Mapping[str, float],
+    scale: float = 1.0,
 ) -> list[LayerRecord]:
     """One record per layer, without what the step did to the weights.
 
     Args:
-        layers: Layers in order of depth, each with the pieces of its output gradient.
+        layers: Layers in order of depth, each with what passed back through it.
         gradients: The gradients by name of the parameter; one that has none is not in it.
         weights: Norms of the parameters by name; empty on a step that is not recorded.
+        dead: Shares of dead units by name of the weight; empty until enough steps are recorded.
+        scale: The loss scale.
     """
     records = []
-    for layer, outputs in layers:
+    for layer, around in layers:
         own = [gradients[name] for name in layer.parameters if name in gradients]
         held = [weights[name].norm for name in layer.parameters if name in weights]
         weight_norm = math.hypot(*held) if held else None
-        records.append(LayerRecord(layer, merge(outputs), merge(own), weight_norm))
+        dying = next((dead[name] for name in layer.parameters if name in dead), None)
+        stream = around.stream_rms(scale)
+        output = merge(around.outputs)
+        records.append(LayerRecord(layer, output, merge(own), weight_norm, None, around.gain, dying, stream))
     return records
 
 

@@ -93,6 +93,31 @@ def find_owners(models: Mapping[str, nn.Module]) -> tuple[list[Owner], dict[str,
     return owners, parameters
 
 
+def unit_weights(owners: Sequence[Owner], parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """The weights whose rows are units of a layer: the first of each layer with two dimensions or more.
+
+    Args:
+        owners: As :func:`find_owners` returns them.
+        parameters: Likewise.
+
+    Returns:
+        Name of the parameter to the dimension that counts units: 0, but 1 for transposed convolutions. Not those of
+        embeddings, whose rows are tokens.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Embedding(5, 3))
+        >>> unit_weights(*find_owners({"": model}))
+        {'0.weight': 0}
+    """
+    found = {}
+    for owner in owners:
+        module = owner.module()
+        weights = [name for name in owner.parameters if parameters[name].dim() > 1]
+        if weights and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            found[weights[0]] = int(isinstance(module, nn.modules.conv._ConvTransposeNd))  # noqa: SLF001
+    return found
+
+
 class CallOrder:
     """The order of calls over all forward passes seen so far.
 

@@ -9,11 +9,14 @@ import math
 import sys
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 from diagnostics import diagnosis
-from diagnostics.contract import Backward, Clip, Contract, Step
+from diagnostics.acts import Backward, Clip, Closing, Moved, Step
+from diagnostics.contract import Contract
 from diagnostics.options import Options
 from diagnostics.records import (
     WARNING,
@@ -34,6 +37,13 @@ from diagnostics.thresholds import Thresholds
 
 WINDOW = 1000
 """How many records are kept."""
+
+BLIND = (
+    "No output gradient was seen, so depth is not judged; weight gradients are. Inside a compiled model no hook runs: "
+    "take some steps under torch.compiler.set_stance('force_eager') to judge it. Otherwise the model's layers are not "
+    "called as modules."
+)
+"""What is said once when the first recorded step has no output gradients."""
 
 _NOT_THE_USER = ("diagnostics", "torch", "contextlib")
 
@@ -64,6 +74,7 @@ class Ledger:
         self._state = diagnosis.State()
         self._found: list[Violation] = []  # broken since the last record
         self._waiting: StepRecord | None = None
+        self._told_blind = False
         self._steps = 0
         self._clipped = 0
         self._decades: float | None = None
@@ -84,16 +95,18 @@ class Ledger:
         """The run in one sentence."""
         return diagnosis.verdict(self._state, self.violations, self._thresholds)
 
-    def note(self, fact: Backward | Clip) -> None:
-        """Takes what the loop did between two steps."""
+    def note(self, fact: Backward | Clip | Moved) -> None:
+        """Takes what the loop did between two steps, and what is only now known of an earlier one."""
         if isinstance(fact, Backward):
             self._contract.backward(fact)
-        else:
+        elif isinstance(fact, Clip):
             self._found += self._contract.clip(fact)
+        else:
+            self._found += self._contract.moved(fact)
 
-    def enter(self, record: StepRecord, fact: Step) -> StepRecord:
-        """Takes a step; returns its record with violations and diagnoses."""
-        found, self._found = [*self._found, *self._contract.step(fact)], []
+    def enter(self, record: StepRecord, fact: Step | None) -> StepRecord:
+        """Takes a step; returns its record with violations and diagnoses. Without a fact the rules do not see it."""
+        found, self._found = [*self._found, *(self._contract.step(fact) if fact else ())], []
         record = replace(record, violations=tuple(found))
         self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
         record = replace(record, diagnoses=tuple(prescribe(one, self.run) for one in changed))
@@ -106,8 +119,17 @@ class Ledger:
             self._tell(record)
         return record
 
-    def announce(self, record: StepRecord) -> None:
-        """Tells the user what is new at a step, by a warning or an error as he asked for."""
+    def announce(self, record: StepRecord, *, listening: bool = True) -> None:
+        """Tells the user what is new at a step, by a warning or an error as he asked for.
+
+        Args:
+            record: The step.
+            listening: Whether the hooks are at work; if not, the reason was told.
+        """
+        if listening and record.recorded and record.backward_passes and not self._told_blind:
+            self._told_blind = True
+            if all(layer.output is None for layer in record.layers.before_step):
+                self.warn(BLIND)
         self._announce_violations(record.violations)
         serious = [one for one in record.diagnoses if is_alarm(one)]
         if serious and self._options.on_diagnosis == "raise":
@@ -120,9 +142,9 @@ class Ledger:
         """Warns at the user's line."""
         warnings.warn(text, DiagnosticsWarning, stacklevel=_frames_to_the_user())
 
-    def close(self, status: str, error: str | None) -> None:
+    def close(self, status: str, error: str | None, fact: Closing | None = None) -> None:
         """Hands on what is left and says how the run ended."""
-        late = (*self._found, *self._contract.close())
+        late = (*self._found, *self._contract.close(fact or Closing(finished=status == "finished")))
         self._hand_on()
         for violation in late:
             self._tell(violation)
@@ -133,13 +155,22 @@ class Ledger:
         if status in ("finished", "stopped"):
             self._announce_violations(late)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the summary at the end counts, in plain containers."""
+        return {"steps": self._steps, "clipped": self._clipped, "first_nonfinite": self._first_nonfinite}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Counts on from where another one was."""
+        self._steps, self._clipped = int(state["steps"]), int(state["clipped"])
+        self._first_nonfinite = state["first_nonfinite"]
+
     def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
         new = [violation for violation in violations if violation.count == 1]
         if new and self._options.on_violation == "raise":
-            raise ContractError(f"{new[0]} {_more(new[0].rule)}")
+            raise ContractError(str(new[0]))
         if self._options.on_violation == "warn":
             for violation in new:
-                self.warn(f"{violation} {_more(violation.rule)}")
+                self.warn(str(violation))
 
     def _hand_on(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -227,8 +258,5 @@ def _frames_to_the_user() -> int:
 
 def _with_remedies(found: Diagnosis) -> str:
     tries = "; ".join(str(remedy) for remedy in found.remedies)
-    return f"{found} Try: {tries}. {_more(found.condition)}" if tries else f"{found} {_more(found.condition)}"
-
-
-def _more(name: str) -> str:
-    return f"More: diagnostics-explain {name}."
+    advice = f" Try: {tries}." if tries else ""
+    return f"{found}{advice} More: diagnostics-explain {found.condition}."

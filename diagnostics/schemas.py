@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from diagnostics.clip_schemas import CLIP_SCHEMAS
+
 MISSING: Any = "???"  # what OmegaConf calls a value that a file or a person has still to give
 
 # OmegaConf 2.3 knows no Literal; names that are keywords of Python need the functional form.
@@ -102,6 +104,7 @@ class MLPConfig:
     width: int = MISSING
     activation: Activation = MISSING
     init: Init = MISSING
+    gain: float | None = None
     norm: Norm = MISSING
     residual: bool = MISSING
 
@@ -189,22 +192,8 @@ class AdamWConfig(AdamConfig):
 
 
 @dataclass
-class NoClipConfig:
-    """conf/clip/none.yaml."""
-
-
-@dataclass
-class ClipByNormConfig:
-    """conf/clip/norm.yaml."""
-
-    _target_: str = "diagnostics.ClipByNorm"
-    max_norm: float = MISSING
-    norm_type: float = MISSING
-
-
-@dataclass
 class ThresholdsConfig:
-    """The thresholds in conf/diagnostics/default.yaml."""
+    """The thresholds in conf/diagnostics/standard.yaml."""
 
     _target_: str = "diagnostics.Thresholds"
     notice_decades: float = MISSING
@@ -239,7 +228,7 @@ class WatchingConfig:
 
 @dataclass
 class DiagnosticsConfig(WatchingConfig):
-    """conf/diagnostics/default.yaml."""
+    """conf/diagnostics/standard.yaml."""
 
     on_diagnosis: TrainerReaction = MISSING
     second_opinion: bool = MISSING
@@ -347,6 +336,7 @@ class MonitorConfig(WatchingConfig):
 
     _target_: str = "diagnostics.jobs.make_monitor"
     _partial_: bool = True
+    _recursive_: bool = False  # each Monitor opens its own sinks, when it is made
     on_diagnosis: Reaction = MISSING
     accumulate: int = 1
     clip: Any = MISSING
@@ -372,6 +362,5 @@ SCHEMAS: Mapping[str, type] = {
     "optimizer_sgd": SGDConfig,
     "optimizer_adam": AdamConfig,
     "optimizer_adamw": AdamWConfig,
-    "clip_none": NoClipConfig,
-    "clip_norm": ClipByNormConfig,
+    **CLIP_SCHEMAS,
 }

@@ -1,37 +1,22 @@
-"""Tensor in, small tensor out: norms, peaks, counts. Nothing here writes to its input or waits for the device.
+"""Tensor in, small tensor out: norms, samples, and their way to the host. Nothing here writes to its input.
 
 Sums of squares leave the range of fp32 for gradients below 1e-22 or above 1e19, which is where vanishing and
-exploding nets live. So every profile of a gradient is taken relative to its peak, and a norm that looks as if it had
-left the range is taken again in float64 (:func:`exact_norms`).
+exploding nets live. So a norm that looks as if it had left the range is taken again in float64 (:func:`exact_norms`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 UPDATE_SAMPLE = 4096
-FRACTION_SAMPLE = 1024
-_SMALL = 4096
-_QUICK = 65536
 TRUSTED_DECADES = 30.0
 """fp32 reaches 38 decades down and up from 1; a sum of powers this far out is held with room to spare."""
 
-_HALF = (torch.float16, torch.bfloat16)
-
-
-class Profile(NamedTuple):
-    """The rows of :func:`profiles`: the shares of zeros and of subnormal numbers come from a sample."""
-
-    norm: float
-    peak: float
-    zero_fraction: float
-    underflow_fraction: float
-    nonfinite: float
+HALF = (torch.float16, torch.bfloat16)
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -70,7 +55,7 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tens
         >>> parameter_norms([torch.tensor([3.0, 4.0]), torch.ones(4)])
         tensor([5., 2.])
     """
-    values = [_dense(gradient) for gradient in gradients]
+    values = [dense(gradient) for gradient in gradients]
     norms: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, value in enumerate(values):
@@ -125,14 +110,14 @@ def exact_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         Shape ``[2, len(gradients)]``: norms, then counts. Each is scaled by its peak, so that fp64 gradients hold too.
     """
     peaks = [
-        gradient.abs().amax().double() if gradient.numel() else torch.zeros(()) for gradient in map(_dense, gradients)
+        gradient.abs().amax().double() if gradient.numel() else torch.zeros(()) for gradient in map(dense, gradients)
     ]
     scales = [torch.where(torch.isfinite(peak) & (peak > 0), peak, torch.ones_like(peak)) for peak in peaks]
     scaled = [
-        _dense(gradient).to(wide(gradient.dtype)) / scale for gradient, scale in zip(gradients, scales, strict=True)
+        dense(gradient).to(wide(gradient.dtype)) / scale for gradient, scale in zip(gradients, scales, strict=True)
     ]
     norms = pack([parameter_norms(scaled, norm_type)]) * pack(scales)
-    counts = [torch.count_nonzero(~torch.isfinite(_dense(gradient))) for gradient in gradients]
+    counts = [torch.count_nonzero(~torch.isfinite(dense(gradient))) for gradient in gradients]
     return torch.stack([norms, pack(counts)])
 
 
@@ -148,112 +133,42 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
         >>> sample(torch.arange(6), 6).shape
         torch.Size([6])
     """
-    flat = _dense(tensor).detach().reshape(-1)
+    flat = dense(tensor).detach().reshape(-1)
     return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
 
 
-class Parts(NamedTuple):
-    """A gradient that will soon be gone, in few kernels; :func:`profiles` does the rest for many of them at once."""
-
-    norm: Tensor
-    low: Tensor
-    high: Tensor
-    nonfinite: Tensor
-    sample: Tensor
-
-
 @torch.no_grad()
-def take_apart(gradient: Tensor) -> Parts:
-    """What :func:`profiles` needs of a gradient: real or complex, dense or sparse, any shape."""
-    values = _dense(gradient).detach()
-    part = sample(values, FRACTION_SAMPLE).clone()
-    if values.numel() == 0:
-        nothing = torch.zeros((), device=values.device)
-        return Parts(nothing, nothing, nothing, nothing, part)
-    values = values.abs() if values.is_complex() else values
-    values = values.float() if values.dtype in _HALF else values
-    low, high = torch.aminmax(values)
-    nonfinite = torch.linalg.vector_norm(values * 0, 0)  # 0 * x is NaN, which is not zero, just where x is not finite
-    return Parts(_safe_norm(values, low, high), low, high, nonfinite, part)
-
-
-@torch.no_grad()
-def profiles(parts: Sequence[Parts]) -> Tensor:
-    """Everything a recorded step keeps of some gradients.
-
-    Returns:
-        Shape ``[5, len(parts)]``, with rows in the order of :class:`Profile`.
+def sampled_peaks(parameters: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of every parameter's gradient in a sample of it; 0 where there is none to look at.
 
     Example:
-        >>> profiles([take_apart(torch.tensor([3e-30, 4e-30]))])[:2, 0]
-        tensor([5.0000e-30, 4.0000e-30], dtype=torch.float64)
+        >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.tensor([1.0, -3.0])
+        >>> sampled_peaks([weight, torch.nn.Parameter(torch.zeros(1))])
+        tensor([3., 0.])
     """
-    if not parts:
-        return torch.zeros(len(Profile._fields), 0)
-    norms, lows, highs, nonfinite = (pack(column) for column in list(zip(*parts, strict=True))[:4])
-    shares = fractions([part.sample for part in parts]).to(norms.device)
-    return torch.stack([norms, torch.maximum(highs, -lows), *shares, nonfinite])
+    gradients = [parameter.grad for parameter in parameters]
+    seen = [place for place, gradient in enumerate(gradients) if gradient is not None and not gradient.is_sparse]
+    if not seen:
+        return torch.zeros(len(gradients))
+    found = parameter_norms(
+        [sample(one, UPDATE_SAMPLE) for one in (gradients[i] for i in seen) if one is not None], math.inf
+    )
+    if len(seen) == len(gradients):
+        return found
+    return found.new_zeros(len(gradients)).index_copy(0, torch.tensor(seen, device=found.device), found)
 
 
-def _safe_norm(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The Euclidean norm over the whole range: in float64 where that is quick, else relative to the peak."""
-    if values.dtype == torch.float32 and values.numel() <= _QUICK and values.device.type != "mps":
-        norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-        return norm
-    peak = torch.maximum(high, -low)
-    relative = torch.linalg.vector_norm(values / torch.where(peak > 0, peak, torch.ones_like(peak)))
-    return pack([relative]) * pack([peak])
+def resolution(dtype: torch.dtype) -> float:
+    """Relative distance of neighbouring numbers.
+
+    Example:
+        >>> resolution(torch.bfloat16)
+        0.0078125
+    """
+    return torch.finfo(dtype).eps
 
 
 @torch.no_grad()
-def peaks(gradients: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of every gradient, shape ``[len(gradients)]``; NaN where there is one.
-
-    Small gradients share a kernel. For large ones the inf-norm takes ten times as long as a look at both ends.
-
-    Example:
-        >>> peaks([torch.tensor([1.0, -3.0])])
-        tensor([3.], dtype=torch.float64)
-    """
-    values = [_dense(gradient) for gradient in gradients]
-    values = [value.abs() if value.is_complex() else value for value in values]
-    small = [place for place, value in enumerate(values) if value.numel() <= _SMALL]
-    found = dict(zip(small, parameter_norms([values[place] for place in small], math.inf), strict=True))
-    both = {
-        place: torch.maximum(value.amax(), -value.amin()) for place, value in enumerate(values) if place not in found
-    }
-    return pack([found[place] if place in found else both[place] for place in range(len(values))])
-
-
-@torch.no_grad()
-def fractions(gradients: Sequence[Tensor]) -> Tensor:
-    """Shares of zeros and of subnormal numbers in a sample of every gradient, shape ``[2, len(gradients)]``.
-
-    Example:
-        >>> fractions([torch.tensor([0.0, 1.0, 0.0, 1e-40])])
-        tensor([[0.5000],
-                [0.2500]], dtype=torch.float64)
-    """
-    samples = [sample(gradient, FRACTION_SAMPLE) for gradient in gradients]
-    found = torch.zeros(2, len(samples), dtype=torch.float64)
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, part in enumerate(samples):
-        if part.numel():
-            groups.setdefault((part.device, part.dtype), []).append(place)
-    for (device, dtype), places in groups.items():
-        together = torch.cat([samples[place] for place in places]).abs()
-        zero = together == 0
-        marks = torch.stack([zero, (together < torch.finfo(dtype).tiny) & ~zero])
-        sizes = torch.tensor([samples[place].numel() for place in places])
-        ends = torch.cumsum(sizes, 0).to(device)
-        sums = torch.cumsum(marks, 1, dtype=torch.float32)[:, ends - 1]
-        shares = torch.diff(sums, dim=1, prepend=sums.new_zeros(2, 1)) / sizes.to(device)
-        if len(groups) == 1 and len(places) == len(samples):
-            return shares.double() if device.type != "mps" else shares
-        found = found.to(device).index_copy(1, torch.tensor(places, device=device), shares.double())
-    return found
-
-
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """All elements of small tensors in one float64 vector (fp32 where a device has no float64) on one device."""
     full = [tensor for tensor in tensors if tensor.numel()]
@@ -261,7 +176,10 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device = next((tensor.device for tensor in full if tensor.device.type != "cpu"), full[0].device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.cat([tensor.detach().to(device, dtype).reshape(-1) for tensor in full])
+    if len({(tensor.device, tensor.dtype, tensor.dim()) for tensor in full}) == 1 and full[0].dim() <= 1:
+        alike: Tensor = (torch.cat if full[0].dim() else torch.stack)(full)
+        return alike.to(device, dtype)  # one conversion for all
+    return torch.cat([tensor.to(device, dtype).reshape(-1) for tensor in full])
 
 
 class Reading:
@@ -320,7 +238,7 @@ class Reader:
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    return torch.float32 if dtype in _HALF else None
+    return torch.float32 if dtype in HALF else None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -328,7 +246,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or the rows that a sparse one holds."""
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 

@@ -323,7 +323,7 @@ def _unlawful_loops(write: Write) -> None:
         ("clipping after the step", train_clipping_too_late()),
     ):
         for violation in violations:
-            _say(write, f"{mistake}: {violation}")
+            _say(write, f"{mistake}: {violation}".replace("×", "x"))
 
 
 def _verdicts(write: Write) -> None:

@@ -1,0 +1,186 @@
+"""How large the elements of a gradient are: profiles, peaks, shares of zeros and of numbers that are too small.
+
+Tensor in, small tensor out; nothing here writes to its input or waits for the device. Sums of squares leave the range
+of fp32 where vanishing and exploding nets live, so norms are taken in float64 or relative to the peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diagnostics.statistics import HALF, dense, pack, parameter_norms, sample
+
+FRACTION_SAMPLE = 1024
+FP16_TINY = torch.finfo(torch.float16).tiny
+SMALL = 4096
+_QUICK = 65536
+
+
+class Profile(NamedTuple):
+    """The rows of :func:`profiles`: the shares of zeros and of too small numbers come from a sample."""
+
+    norm: float
+    peak: float
+    zero_fraction: float
+    underflow_fraction: float
+    underflow_fp16_fraction: float
+    nonfinite: float
+
+
+class Parts(NamedTuple):
+    """A gradient that will soon be gone, in few kernels; :func:`profiles` does the rest for many of them at once."""
+
+    norm: Tensor
+    low: Tensor
+    high: Tensor
+    nonfinite: Tensor
+    sample: Tensor
+
+
+@torch.no_grad()
+def take_apart(gradient: Tensor) -> Parts:
+    """What :func:`profiles` needs of a gradient: real or complex, dense or sparse, any shape."""
+    part = sample(gradient, FRACTION_SAMPLE).clone()
+    values = real_values(gradient)
+    if values.numel() == 0:
+        nothing = torch.zeros((), device=values.device)
+        return Parts(nothing, nothing, nothing, nothing, part)
+    low, high = torch.aminmax(values)
+    nonfinite = torch.linalg.vector_norm(values * 0, 0)  # 0 * x is NaN, which is not zero, just where x is not finite
+    norm = _quick_norm(values) if is_quick(values) else _scaled_norm(values, low, high)
+    return Parts(norm, low, high, nonfinite, part)
+
+
+@torch.no_grad()
+def safe_norm(gradient: Tensor) -> Tensor:
+    """The Euclidean norm over the whole range of a dtype, 0-dim.
+
+    Example:
+        >>> safe_norm(torch.tensor([3e-30, 4e-30]))
+        tensor(5.0000e-30, dtype=torch.float64)
+    """
+    values = real_values(gradient)
+    return _quick_norm(values) if is_quick(values) else _scaled_norm(values, *torch.aminmax(values))
+
+
+@torch.no_grad()
+def profiles(parts: Sequence[Parts]) -> Tensor:
+    """Everything a recorded step keeps of some gradients.
+
+    Returns:
+        Shape ``[6, len(parts)]``, with rows in the order of :class:`Profile`.
+
+    Example:
+        >>> profiles([take_apart(torch.tensor([3e-30, 4e-30]))])[:2, 0]
+        tensor([5.0000e-30, 4.0000e-30], dtype=torch.float64)
+    """
+    if not parts:
+        return torch.zeros(len(Profile._fields), 0)
+    norms, lows, highs, nonfinite = (pack(column) for column in list(zip(*parts, strict=True))[:4])
+    shares = fractions([part.sample for part in parts]).to(norms.device)
+    return torch.stack([norms, torch.maximum(highs, -lows), *shares, nonfinite])
+
+
+def real_values(gradient: Tensor) -> Tensor:
+    """The elements as real numbers that are at least fp32."""
+    values = dense(gradient).detach()
+    values = values.abs() if values.is_complex() else values
+    return values.float() if values.dtype in HALF else values
+
+
+def is_quick(values: Tensor) -> bool:
+    """Whether a norm in float64 holds the squares, and costs no more than one that is taken relative to the peak."""
+    return values.dtype == torch.float32 and values.numel() <= _QUICK and values.device.type != "mps"
+
+
+def _quick_norm(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm
+
+
+def _scaled_norm(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The Euclidean norm relative to the peak."""
+    peak = torch.maximum(high, -low)
+    relative = torch.linalg.vector_norm(values / torch.where(peak > 0, peak, torch.ones_like(peak)))
+    return pack([relative]) * pack([peak])
+
+
+@torch.no_grad()
+def peaks(gradients: Sequence[Tensor], rows: Mapping[int, Tensor] | None = None) -> Tensor:
+    """The largest magnitude of every gradient, shape ``[len(gradients)]``; NaN where there is one.
+
+    Small gradients share a kernel. For large ones the inf-norm takes ten times as long as a look at both ends.
+
+    Args:
+        gradients: Tensors.
+        rows: Place of a gradient to peaks by row, where those are known: a large one's ``dead.row_sizes``.
+
+    Example:
+        >>> peaks([torch.tensor([1.0, -3.0])])
+        tensor([3.], dtype=torch.float64)
+    """
+    values = [dense(gradient) for gradient in gradients]
+    values = [value.abs() if value.is_complex() else value for value in values]
+    small = [place for place, value in enumerate(values) if value.numel() <= SMALL]
+    found = dict(zip(small, parameter_norms([values[place] for place in small], math.inf), strict=True))
+    for place, value in enumerate(values):
+        if place not in found:
+            known = rows.get(place) if rows else None
+            found[place] = torch.maximum(value.amax(), -value.amin()) if known is None else known.amax()
+    return pack([found[place] for place in range(len(values))])
+
+
+@torch.no_grad()
+def fractions(gradients: Sequence[Tensor]) -> Tensor:
+    """Shares in a sample of every gradient: of zeros, of subnormal numbers, of what would be subnormal in fp16.
+
+    Returns:
+        Shape ``[3, len(gradients)]``.
+
+    Example:
+        >>> fractions([torch.tensor([0.0, 1.0, 1e-6, 1e-40])])
+        tensor([[0.2500],
+                [0.2500],
+                [0.5000]], dtype=torch.float64)
+    """
+    samples = [sample(gradient, FRACTION_SAMPLE) for gradient in gradients]
+    found = torch.zeros(3, len(samples), dtype=torch.float64)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, part in enumerate(samples):
+        if part.numel():
+            groups.setdefault((part.device, part.dtype), []).append(place)
+    for (device, dtype), places in groups.items():
+        together = torch.cat([samples[place] for place in places]).abs()
+        zero = together == 0
+        limits = (torch.finfo(dtype).tiny, FP16_TINY)
+        marks = torch.stack([zero, *((together < limit) & ~zero for limit in limits)])
+        shares = shares_by_part(marks, [samples[place].numel() for place in places])
+        if len(groups) == 1 and len(places) == len(samples):
+            return shares.double() if device.type != "mps" else shares
+        found = found.to(device).index_copy(1, torch.tensor(places, device=device), shares.double())
+    return found
+
+
+def shares_by_part(marks: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The share of marks in each of the parts that follow one another along the last dimension.
+
+    Args:
+        marks: Booleans, shape ``[kinds, sum(sizes)]``.
+        sizes: Of the parts; positive.
+
+    Returns:
+        Shape ``[kinds, len(sizes)]``.
+
+    Example:
+        >>> shares_by_part(torch.tensor([[True, False, True]]), [2, 1])
+        tensor([[0.5000, 1.0000]])
+    """
+    lengths = torch.tensor(sizes)
+    ends = torch.cumsum(lengths, 0).to(marks.device)
+    sums = torch.cumsum(marks, 1, dtype=torch.float32)[:, ends - 1]
+    return torch.diff(sums, dim=1, prepend=sums.new_zeros(len(sums), 1)) / lengths.to(marks.device)
