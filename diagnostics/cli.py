@@ -193,8 +193,8 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     with _refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
-    if trainer.mistake == "clip_after_step" and clip is None:
-        raise ConfigurationError("trainer.mistake=clip_after_step needs something to clip with; add clip=norm.")
+    if trainer.mistake.startswith("clip_") and clip is None:
+        raise ConfigurationError(f"trainer.mistake={trainer.mistake} needs something to clip with; add clip=norm.")
     with _refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)

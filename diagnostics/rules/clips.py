@@ -63,6 +63,7 @@ class Clips:
         self._names = names
         self._windows = windows
         self._excesses: dict[str, _Excess] = {}  # by optimizer
+        self._outside: dict[str, str] = {}  # the cause of the newest excess that a clip outside the window explained
         self._inside: list[_Inside] = []
         self._touched: set[int] = set()  # written to by somebody in the middle of a window
 
@@ -87,6 +88,7 @@ class Clips:
         given = fact.given or members
         for name, excess in list(self._excesses.items()):
             if not given or given & excess.spent:
+                self._outside[name] = rule
                 yield from self._explain(name, rule, fact.max_norm)
 
     def step(self, fact: Step) -> Iterable[Finding]:
@@ -102,9 +104,9 @@ class Clips:
         self._inside = [one for one in self._inside if one.members]
 
     def close(self) -> Iterable[Finding]:
-        """The end of the loop: excesses that nobody has explained."""
+        """The end of the loop: nothing comes that could explain the last excess, so it has the cause of those before."""
         for name in list(self._excesses):
-            yield from self._explain(name, "clip_ineffective")
+            yield from self._explain(name, self._outside.get(name, "clip_ineffective"))
 
     def _exceeds(self, fact: Step, clips: Sequence[_Inside]) -> Iterable[Finding]:
         limit, spent = fact.max_norm, fact.norms.keys()

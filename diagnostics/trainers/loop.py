@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from diagnostics.clipping import ClipByNorm
 from diagnostics.monitor import Monitor
+from diagnostics.trainers.mistakes import ABOUT_CLIPPING, MISTAKES, WITH_A_SCALER, WITHIN_A_WINDOW, Acts
 from diagnostics.trainers.progress import Progress
 from diagnostics.trainers.schedules import SCHEDULES, make_schedule
 from diagnostics.trainers.tasks import Batch, Task
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MISTAKES = ("none", "missing_zero_grad", "clip_after_step")
 # What a sweep may optimise, with the value that stands for a run that broke: the worst there is.
 OBJECTIVES: Mapping[str, float] = {"eval/loss": math.inf, "eval/accuracy": -math.inf}
 LEAST = {
@@ -55,8 +55,8 @@ class TrainerSettings:
         seed: Decides the initial weights and the order of the batches.
         device: ``auto`` (a CUDA GPU where there is one, else the CPU) or what ``torch.device`` takes.
         threads: CPU threads that share one operation.
-        mistake: ``none``, or a mistake to make on purpose: ``missing_zero_grad`` never clears the gradients,
-            ``clip_after_step`` clips when it is too late.
+        mistake: ``none``, or a mistake to make on purpose, called after the rule of the loop that it breaks: see
+            :data:`diagnostics.trainers.mistakes.MISTAKES`.
         objective: What a sweep optimises: ``eval/loss`` or ``eval/accuracy``.
 
     Raises:
@@ -94,8 +94,12 @@ class TrainerSettings:
     def _refuse_pairs(self) -> None:
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches must divide batch_size, {self.batch_size}; got {self.micro_batches}.")
-        if self.precision == "fp16" and self.mistake == "clip_after_step":
-            raise ValueError("precision must be fp32 or bf16 with mistake=clip_after_step; got 'fp16'.")
+        if self.precision == "fp16" and self.mistake in ABOUT_CLIPPING - {WITH_A_SCALER}:
+            raise ValueError(f"precision must be fp32 or bf16 with mistake={self.mistake}; got 'fp16'.")
+        if self.precision != "fp16" and self.mistake == WITH_A_SCALER:
+            raise ValueError(f"precision must be fp16 with mistake={self.mistake}; got {self.precision!r}.")
+        if self.micro_batches < 2 and self.mistake in WITHIN_A_WINDOW:
+            raise ValueError(f"micro_batches must be at least 2 with mistake={self.mistake}; got 1.")
 
 
 def choose_device(name: str) -> torch.device:
@@ -149,7 +153,7 @@ def train(
         optimizer: Holds the model's parameters.
         monitor: Watches them; it clips as it was told when it was made, with the same micro-batches and scaler.
         settings: Everything else.
-        clip: The rule that ``mistake="clip_after_step"`` applies too late.
+        clip: The rule that a mistake about clipping applies too late, too early or in part.
         scaler: What :func:`make_scaler` gave.
 
     Returns:
@@ -157,6 +161,8 @@ def train(
     """
     device = next(model.parameters()).device
     batches = task.batches(settings.batch_size, settings.seed)
+    acts = Acts(settings.mistake, model, optimizer, monitor, clip, scaler)
+    acts.prepare()
     schedule = make_schedule(optimizer, settings.schedule, steps=settings.steps, warmup_steps=settings.warmup_steps)
     # Only now: hooks that the Monitor registers after the first compiled call would never fire.
     forward = torch.compile(model) if settings.compile else model
@@ -164,19 +170,15 @@ def train(
         for step in range(settings.steps):
             evaluates = step % settings.evaluate_every == 0 or step == settings.steps - 1
             metrics = evaluate(model, task, settings.precision) if evaluates else {}
-            if settings.mistake != "missing_zero_grad":
-                optimizer.zero_grad()
-            loss = _backward(forward, task, next(batches), settings, device=device, scaler=scaler)
-            if settings.mistake == "clip_after_step" and clip is not None:
-                optimizer.step()
-                monitor.clip_grad_norm_(model.parameters(), clip.max_norm, clip.norm_type)
+            acts.begin()
+            loss = _backward(forward, task, next(batches), settings, acts, device=device)
+            record = acts.step(loss, metrics)
+            if record is not None and not record.skipped:  # torch warns of a schedule ahead of its optimizer
                 schedule.step()
-                progress.advance(loss=None)
-                continue
-            record = monitor.clip_and_step(loss=loss, metrics=metrics)
-            if not record.skipped:  # torch warns of a schedule that is ahead of its optimizer
-                schedule.step()
-            progress.advance(record.loss)
+            progress.advance(None if record is None else record.loss)
+    if settings.mistake == "dropped_window":
+        acts.begin()
+        _backward(forward, task, next(batches), replace(settings, mistake="none", micro_batches=1), acts, device=device)
     return evaluate(model, task, settings.precision)
 
 
@@ -185,17 +187,21 @@ def _backward(
     task: Task,
     batch: Batch,
     settings: TrainerSettings,
+    acts: Acts,
     *,
     device: torch.device,
-    scaler: torch.amp.GradScaler | None,
 ) -> Tensor:
     """Adds the gradients of the mean loss over the batch, a part of it at a time; that loss."""
-    losses = []
-    parts = (tensor.to(device).chunk(settings.micro_batches) for tensor in batch)
+    losses: list[Tensor] = []
+    scaler, passes = acts.scaler, settings.micro_batches + (settings.mistake == "window_size")
+    parts = (tensor.to(device).chunk(passes) for tensor in batch)
     for inputs, targets in zip(*parts, strict=True):
+        if losses:
+            acts.between()
         with autocast(settings.precision, device):
             loss = task.loss(forward(inputs), targets) / settings.micro_batches
-        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        if settings.mistake != "step_without_grads":
+            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 
