@@ -228,7 +228,8 @@ class Monitor(LedgerView):
         self._watcher.adopt(self._catalogue.adopt(owners))
         reading = NormReading(gradients, ClipByNorm(max_norm, norm_type))
         norms = read_norms(reading)
-        self._own_clip = clip(reading, norms)
+        with self._watcher.writing(map(self._catalogue.index, owners)):
+            self._own_clip = clip(reading, norms)
         self._watcher.timeline.append(self._facts.clip(given, owners, norms, self._own_clip))
         return reading.total_of(norms)
 

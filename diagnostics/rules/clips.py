@@ -104,7 +104,7 @@ class Clips:
         self._inside = [one for one in self._inside if one.members]
 
     def close(self) -> Iterable[Finding]:
-        """The end of the loop: nothing comes that could explain the last excess, so it has the cause of those before."""
+        """The end of the loop: nothing comes to explain the last excess, so it has the cause of those before."""
         for name in list(self._excesses):
             yield from self._explain(name, self._outside.get(name, "clip_ineffective"))
 

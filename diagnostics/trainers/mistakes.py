@@ -1,4 +1,4 @@
-"""Mistakes to make on purpose: each breaks the rule of the loop that it is called after, so that its report can be seen.
+"""Mistakes to make on purpose: each breaks the rule of the loop that it is called after, to see it reported.
 
 ``none`` is the lawful loop: clear, one or more backward passes, clip, step.
 """
