@@ -182,11 +182,10 @@ class Watcher:
     def spend(self, indices: Sequence[int]) -> None:
         """Notes that a step has spent the gradients of these parameters, as they are now."""
         for index in indices:
-            parameter = self._parameters[index]()
             self._unspent.discard(index)
             self._marks.forget(index)
-            if parameter is not None and parameter.grad is not None:
-                self._spent[index] = state(parameter.grad)
+            if (gradient := self._gradient(index)) is not None:
+                self._spent[index] = state(gradient)
 
     def drain(self) -> list[Any]:
         """The timeline since the last call; the next step begins a new one."""
@@ -202,10 +201,8 @@ class Watcher:
 
     def rewritten(self, index: int) -> bool:
         """Whether a gradient that a step has spent was replaced or written to since."""
-        spent, parameter = self._spent.get(index), self._parameters[index]()
-        if spent is None or parameter is None or parameter.grad is None:
-            return False
-        return is_other(parameter.grad, spent)
+        spent, gradient = self._spent.get(index), self._gradient(index)
+        return spent is not None and gradient is not None and is_other(gradient, spent)
 
     @contextmanager
     def writing(self, indices: Iterable[int]) -> Iterator[None]:
@@ -368,6 +365,8 @@ class Watcher:
             self.timeline.append(self._current)
             self._unspent |= self._current.accumulated
             self._post_sentinel()
+        else:
+            self._unspent |= self._current.cleared  # for the next pass to tell of
         self._current = BackwardPass()
         self._begun = [False for _ in self._begun]
 

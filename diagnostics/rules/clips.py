@@ -21,6 +21,8 @@ EXCESS = 1e-3
 """Relative excess over the declared max_norm that is still taken for rounding."""
 LEAST_SCALE = 16.0
 """A loss scale below this is not looked for in the effect of a clip."""
+LEAST_GUESS = 256.0
+"""Nor a power of two below this where no scaler is known: loops divide by the number of their passes."""
 LEAST_THRESHOLD = 1e-3
 """Nobody clips to less than this on purpose; a threshold that was not scaled with the losses is far below."""
 
@@ -160,8 +162,10 @@ class Clips:
         if not (0 < now < math.inf and math.isfinite(clip.norms[index])):
             return 1.0
         factor = clip.norms[index] * clip.coefficient / now
-        scale = fact.loss_scale if fact.loss_scale > 1 else 2.0 ** round(math.log2(factor)) if factor > 0 else 1.0
-        return scale if scale >= LEAST_SCALE and abs(factor / scale - 1) < 10 * EXCESS else 1.0
+        known = fact.loss_scale > 1
+        scale = fact.loss_scale if known else 2.0 ** round(math.log2(factor)) if factor > 0 else 1.0
+        least = LEAST_SCALE if known else LEAST_GUESS
+        return scale if scale >= least and abs(factor / scale - 1) < 10 * EXCESS else 1.0
 
     def _scaled_by(self, fact: Step, factor: float, threshold: float) -> Finding:
         message = (
