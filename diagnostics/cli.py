@@ -235,8 +235,8 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     with refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
-    if trainer.mistake == "clip_after_step" and not isinstance(clip, ClipByNorm):
-        raise ConfigurationError("trainer.mistake=clip_after_step needs a norm to clip with; add clip=norm.")
+    if trainer.mistake.startswith("clip_") and not isinstance(clip, ClipByNorm):
+        raise ConfigurationError(f"trainer.mistake={trainer.mistake} needs a norm to clip with; add clip=norm.")
     with refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)

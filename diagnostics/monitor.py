@@ -234,7 +234,8 @@ class Monitor(Guarded, Resumable):
         self._watcher.adopt(self._catalogue.adopt(owners))
         clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), statistics.Reader())
         clipping.settle()
-        self._own_clip = clipping.clip()
+        with self._watcher.writing(map(self._catalogue.index, owners)):
+            self._own_clip = clipping.clip()
         self._watcher.timeline.append(self._facts.clip(given, owners, clipping.by_gradient, self._own_clip))
         return clipping.tensor()
 
