@@ -281,10 +281,10 @@ class Watcher:
     # backward
 
     def _gradient_arrives(
-        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...]
+        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...] | None
     ) -> None:
         current = self._enter(_graph_task())
-        only = gradient if isinstance(gradient, Tensor) else gradient[0]
+        only = gradient[0] if isinstance(gradient, tuple) else gradient  # None for one of several outputs that got none
         if only is not None:
             current.gradients.append(_measured(*point, only))
 
