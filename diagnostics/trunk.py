@@ -169,7 +169,8 @@ class _Graph:
         self._owners = owners
         self._parents: dict[Node, list[Node]] = {}
         self.place = {one.call: place for place, one in enumerate(noted)}
-        self.composite = {one.call for one in noted if owners[one.call[0]].path in _parents_of_paths(noted, owners)}
+        around = _parents_of_paths(noted, owners)
+        self.composite = {one.call for one in noted if owners[one.call[0]].path in around}
         self.made_by: dict[Node, list[Call]] = {}
         self.read_by: dict[Node, list[tuple[Call, int]]] = {}
         for one in noted:
@@ -301,13 +302,15 @@ class _Graph:
 
     def _mark(self, one: Noted) -> None:
         """Marks what a layer computed, from its outputs back to its inputs."""
-        stop = {*one.inputs, *self.inside}
-        waiting = [node for node in one.outputs if node not in stop]
+        waiting = [node for node in one.outputs if node not in one.inputs and node not in self.inside]
         while waiting:
             node = waiting.pop()
             self.inside[node] = one.call
-            stop.add(node)
-            waiting += [one for one in self.parents(node) if one not in stop and one not in self.made_by]
+            waiting += [
+                parent
+                for parent in self.parents(node)
+                if parent not in one.inputs and parent not in self.inside and parent not in self.made_by
+            ]
 
 
 _LEAF = "torch::autograd::AccumulateGrad"
