@@ -745,6 +745,45 @@ def test_towers_stand_side_by_side_and_have_the_slope_of_one(shared):
     assert all(one.layer.trunk for one in record.layers)
 
 
+def test_a_layer_s_place_is_the_longest_way_to_the_loss_in_whatever_order_branches_are_called():
+    class Uneven(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.short, self.head = linear(), linear(), linear(2 * WIDTH)
+            self.long = nn.Sequential(*(linear() for _ in range(3)))
+            self.turned = False
+
+        def forward(self, x):
+            x = self.stem(x)
+            parts = [self.long(x), self.short(x)] if self.turned else [self.short(x), self.long(x)]
+            return self.head(torch.cat(parts, -1))
+
+    model = Uneven()
+    for model.turned in (False, True):
+        record = watched(model, squares)
+        places = {one.layer.name: one.layer.steps_back for one in record.layers}
+        assert places == {"stem": 4, "short": 1, "long.0": 3, "long.1": 2, "long.2": 1, "head": 0}
+
+
+def test_a_tower_that_is_added_to_a_residual_stream_stays_in_the_trunk():
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.part, self.tower, self.head = linear(), linear(), linear(), linear()
+
+        def forward(self, x):
+            stream = self.stem(x)
+            stream = stream + self.part(stream)
+            return self.head(stream + self.tower(x))
+
+    record = watched(Added(), squares)
+    assert {one.layer.name: one.layer.trunk for one in record.layers} == dict.fromkeys(
+        ["stem", "part", "tower", "head"], True
+    )
+    assert {one.layer.name: one.stream_rms is not None for one in record.layers}["part"]
+    assert record.layers[2].stream_rms is None
+
+
 class UNet(nn.Module):
     def __init__(self):
         super().__init__()
