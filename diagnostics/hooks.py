@@ -5,9 +5,11 @@ device and return nothing: one that fails switches the Watcher off, and the Moni
 
 Output gradients come from a forward hook that registers on the output tensor, and on the inputs for the local gain:
 module backward hooks break under an in-place operation that follows, and cost six times as much. A tensor that several
-layers made or read is listened to once. Where a residual stream is nobody's input or output the hook is the graph's. Weight gradients are read at the step, since parameter
-hooks see them before all-reduce and before unscaling. What parameter hooks are for is to know which backward pass
-accumulated into which parameter, and what was left in ``.grad`` when the pass began.
+layers made or read is listened to once. Where a residual stream is nobody's input or output the hook is the graph's.
+
+Weight gradients are read at the step, since parameter hooks see them before all-reduce and before unscaling. What
+parameter hooks are for is to know which backward pass accumulated into which parameter, and what was left in ``.grad``
+when the pass began.
 
 Inside a compiled model there are no forward hooks: output gradients are not seen, weight gradients are.
 """
