@@ -346,3 +346,22 @@ def test_a_model_whose_layers_are_not_called_says_so(mlp):
         functional.linear(torch.randn(2, 4), mlp[0].weight, mlp[0].bias).sum().backward()
         with pytest.warns(UserWarning, match="the model's layers are not called as modules"):
             monitor.clip_and_step()
+
+
+def test_activations_go_when_the_backward_pass_is_done_though_their_place_in_the_graph_is_noted():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = []
+    model[0].register_forward_hook(lambda _module, _args, output: kept.append(weakref.ref(output)))
+    gc.disable()  # no cycle may be needed to free them
+    try:
+        with Monitor(model, optimizer, sinks=[], every=1) as monitor:
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = model(torch.randn(2, 4)).square().sum()
+                loss.backward()
+                del loss
+                assert kept[-1]() is None
+                monitor.clip_and_step()
+    finally:
+        gc.enable()
