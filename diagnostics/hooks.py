@@ -3,10 +3,13 @@
 Hooks only note. They run inside the user's forward and backward, so they never raise, never warn, never wait for the
 device and return nothing: one that fails switches the Watcher off, and the Monitor says so at the next step.
 
-Output gradients come from a forward hook that registers on the output tensor: module backward hooks break under an
-in-place operation that follows, and cost six times as much. Weight gradients are read at the step, since parameter
-hooks see them before all-reduce and before unscaling. What parameter hooks are for is to know which backward pass
-accumulated into which parameter, and what was left in ``.grad`` when the pass began.
+Output gradients come from a forward hook that registers on the output tensor, and on the inputs for the local gain:
+module backward hooks break under an in-place operation that follows, and cost six times as much. A tensor that several
+layers made or read is listened to once. Where a residual stream is nobody's input or output the hook is the graph's.
+
+Weight gradients are read at the step, since parameter hooks see them before all-reduce and before unscaling. What
+parameter hooks are for is to know which backward pass accumulated into which parameter, and what was left in ``.grad``
+when the pass began.
 
 Inside a compiled model there are no forward hooks: output gradients are not seen, weight gradients are.
 """
@@ -253,10 +256,10 @@ class Watcher:
     # backward
 
     def _gradient_arrives(
-        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...]
+        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...] | None
     ) -> None:
         current = self._enter(_graph_task())
-        only = gradient if isinstance(gradient, Tensor) else gradient[0]
+        only = gradient[0] if isinstance(gradient, tuple) else gradient  # None for one of several outputs that got none
         if only is not None:
             current.gradients.append(measured(*point, only))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.clip_rules import ClipRule
+from diagnostics.clip_rules import ClipByNorm, ClipRule
 from diagnostics.ledger import is_alarm
 from diagnostics.monitor import Monitor
 from diagnostics.records import SEVERITY_NAMES
