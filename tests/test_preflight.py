@@ -430,6 +430,36 @@ def test_where_no_output_gradient_is_seen_health_is_not_asserted():
         assert_healthy(model, lambda: functional.linear(torch.ones(1, 2), model.weight).sum())
 
 
+# in our trainers
+
+
+def test_a_run_that_looks_before_it_trains_has_the_weights_and_records_of_one_that_does_not():
+    from diagnostics import MemorySink, Monitor
+    from diagnostics.trainers.loop import TrainerSettings, look, train
+    from diagnostics.trainers.tasks import Digits
+
+    task, settings = Digits(), TrainerSettings(steps=3, batch_size=16)
+
+    def run(looks):
+        torch.manual_seed(0)
+        model = he_dropout()
+        if looks:
+            assert look(model, task, settings).record.loss > 0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sink = MemorySink()
+        with Monitor(model, optimizer, sinks=[sink]) as monitor:
+            train(model, task, optimizer, monitor, settings)
+        return photograph(model)[0], [(record.loss, record.clip.total_norm) for record in sink.records]
+
+    (weights, records), (expected, expected_records) = run(looks=True), run(looks=False)
+    assert same([one[1] for one in weights], [one[1] for one in expected])
+    assert records == expected_records
+
+
+def he_dropout():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 10))
+
+
 def test_the_name_is_the_function_whatever_is_imported_first():
     import diagnostics
 
