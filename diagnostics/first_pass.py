@@ -145,7 +145,7 @@ def preflight(
     _refuse(models, loss)
     catalogue = Catalogue(models)
     parameters = catalogue.tensors()
-    with torch.inference_mode(False), torch.enable_grad(), _unchanged(models), _gradients_aside(parameters):
+    with torch.inference_mode(False), _unchanged(models), _gradients_aside(parameters):
         watcher = Watcher(models, catalogue.owners, parameters)
         try:
             value = loss()
