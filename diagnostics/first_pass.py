@@ -119,7 +119,8 @@ def preflight(
 
     Weights, buffers, gradients (also those of parameters outside the model), ``requires_grad``, train or eval mode,
     hooks, grad mode and the random numbers of torch, Python and NumPy are afterwards what they were, bit for bit. What
-    the pass does beyond the model is not undone: a data iterator moves on, and hooks of others run.
+    the pass does beyond the model is not undone: a data iterator moves on, and hooks of others run. Where a Monitor is
+    open already, call it inside ``with monitor.paused():``.
 
     Args:
         model: One module, or a mapping of names to modules, in the mode it shall be looked at.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import re
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from diagnostics import DiagnosisError, RunInfo, Thresholds, assert_healthy, meanfield, preflight
+from diagnostics import DiagnosisError, MemorySink, Monitor, RunInfo, Thresholds, assert_healthy, meanfield, preflight
 from diagnostics.trainers.models import MLP
 
 
@@ -196,6 +197,23 @@ def test_it_runs_under_any_grad_mode_and_under_autocast_and_leaves_them_on(mlp, 
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")) == before
 
 
+def test_a_paused_monitor_does_not_notice(mlp):
+    def trained(looks):
+        model = copy.deepcopy(mlp)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Monitor(model, optimizer, every=1, sinks=[], on_violation="raise") as monitor:
+            for _ in range(3):
+                if looks:
+                    with monitor.paused():
+                        preflight(model, lambda: model(torch.ones(2, 4)).sum())
+                optimizer.zero_grad()
+                model(torch.ones(2, 4)).square().mean().backward()
+                monitor.clip_and_step()
+            return [(record.clip, list(record.layers), record.backward_passes) for record in monitor.records]
+
+    assert trained(looks=True) == trained(looks=False)
+
+
 # what it tells
 
 
@@ -276,6 +294,14 @@ def test_theory_reads_convolutions_and_nets_written_with_functions():
     images, labels = torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,))
     found = preflight(model, lambda: functional.cross_entropy(model(images), labels))
     assert (found.chi, found.chi_source) == (pytest.approx(1, rel=0.05), "theory")
+
+
+def test_theory_is_about_the_hidden_layers():
+    torch.manual_seed(0)
+    layers = iter([gaussian(64, 64, gain) for gain in (3.0, 1.2, 1.2, 1.2, 3.0)])
+    model = stack(5, 64, nn.ReLU, lambda *_: next(layers))
+    found = preflight(model, lambda: model(torch.randn(8, 64)).square().mean())
+    assert (found.chi, found.chi_source) == (pytest.approx(0.72, rel=0.05), "theory")
 
 
 def unequal(width):
@@ -437,7 +463,6 @@ def test_where_no_output_gradient_is_seen_health_is_not_asserted():
 
 
 def test_a_run_that_looks_before_it_trains_has_the_weights_and_records_of_one_that_does_not():
-    from diagnostics import MemorySink, Monitor
     from diagnostics.trainers.loop import TrainerSettings, look, train
     from diagnostics.trainers.tasks import Digits
 
