@@ -149,6 +149,7 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
         ConfigurationError: A value that only the objects themselves can refuse; before a step and before a W&B run.
     """
     from diagnostics.monitor import Monitor
+    from diagnostics.sinks.console import say
     from diagnostics.trainers import loop
     from diagnostics.trainers.provenance import describe_run
 
@@ -162,6 +163,8 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
         seed=parts.trainer.seed,
         device=str(next(parts.model.parameters()).device),
     )
+    if parts.trainer.preflight:
+        say(print, str(loop.look(parts.model, parts.task, parts.trainer, info)))
     try:
         with open_sinks(settings["sink"], info, place) as (sinks, log):
             with Monitor(parts.model, parts.optimizer, sinks=sinks, run=info, **parts.monitoring) as monitor:

@@ -305,6 +305,7 @@ class TrainerConfig:
     seed: int = MISSING
     device: str = MISSING
     threads: int = MISSING
+    preflight: bool = MISSING
     mistake: Mistake = MISSING
     objective: str = MISSING
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.clip_rules import ClipByNorm, ClipRule
+from diagnostics.first_pass import Preflight, preflight
 from diagnostics.ledger import is_alarm
 from diagnostics.monitor import Monitor
-from diagnostics.records import SEVERITY_NAMES
+from diagnostics.records import SEVERITY_NAMES, RunInfo
 from diagnostics.trainers.mistakes import ABOUT_CLIPPING, MISTAKES, WITH_A_SCALER, WITHIN_A_WINDOW, Acts
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress
@@ -67,6 +68,8 @@ class TrainerSettings:
         seed: Decides the initial weights and the order of the batches.
         device: ``auto`` (a CUDA GPU where there is one, else the CPU) or what ``torch.device`` takes.
         threads: CPU threads that share one operation.
+        preflight: Whether to look at the initial weights before training and say what the gradient does in them, see
+            :func:`look`.
         mistake: ``none``, or a mistake to make on purpose, called after the rule of the loop that it breaks: see
             :data:`diagnostics.trainers.mistakes.MISTAKES`.
         objective: What a sweep optimises: ``eval/loss`` or ``eval/accuracy``.
@@ -92,6 +95,7 @@ class TrainerSettings:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
+    preflight: bool = False
     mistake: str = "none"
     objective: str = "eval/loss"
 
@@ -265,6 +269,27 @@ def _backward(
             (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return torch.stack(losses).sum()
+
+
+def look(model: nn.Module, task: Task, settings: TrainerSettings, run: RunInfo | None = None) -> Preflight:
+    """What :func:`diagnostics.preflight` says of the model on the first batch; training goes on as without it.
+
+    It looks in fp32 whatever the precision, since fp16 without its loss scale would add zeros of its own.
+
+    Example:
+        >>> from diagnostics.trainers.models import MLP
+        >>> from diagnostics.trainers.tasks import Digits
+        >>> task = Digits()
+        >>> look(MLP(task.inputs, task.outputs, depth=2), task, TrainerSettings()).verdict.condition
+        'healthy'
+    """
+    device = next(model.parameters()).device
+
+    def loss() -> Tensor:
+        inputs, targets = (tensor.to(device) for tensor in next(task.batches(settings.batch_size, settings.seed)))
+        return task.loss(model(inputs), targets)
+
+    return preflight(model, loss, run=run)
 
 
 def evaluate(model: nn.Module, task: Task, precision: str = "fp32") -> dict[str, float]:
