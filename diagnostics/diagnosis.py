@@ -1,8 +1,8 @@
 """Records in, diagnoses and remedies out. Pure functions, no torch.
 
-The backward slope is a robust line through log10 rms of the output gradients over depth. It is the same number however
-deep the network is, which no threshold on a norm is: a four-layer sigmoid chain and one of twelve layers have the same
-total norm (0.12) and the same slope (-0.91 decades per layer).
+The backward slope is a robust line through log10 of the output gradients' norm over depth. It is the same number
+however deep the network is, which no threshold on a norm is: a four-layer sigmoid chain and one of twelve layers have
+the same total norm (0.12) and the same slope (-0.91 decades per layer).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class State:
 
 
 def fit_depth(layers: Iterable[LayerRecord]) -> DepthFit | None:
-    """Fits a line through log10 rms of the output gradients over depth (Theil-Sen).
+    """Fits a line through log10 of the output gradients' norm over depth (Theil-Sen).
 
     Trunk layers count, with the residual stream's gradient where they end a branch of it. Layers that stand side by
     side, as those of two towers, stand at one place. Exact zeros and non-finite values are left out; of more than 64
@@ -96,11 +96,11 @@ def fit_depth(layers: Iterable[LayerRecord]) -> DepthFit | None:
         >>> round(fit_depth(layers).slope, 6)
         -1.0
     """
-    trunk = [(record.layer, record.trunk_rms) for record in layers if record.layer.trunk]
-    sizes = [(layer, rms) for layer, rms in trunk if rms is not None]
+    trunk = [(record.layer, record.trunk_norm) for record in layers if record.layer.trunk]
+    sizes = [(layer, norm) for layer, norm in trunk if norm is not None]
     places = steps_back([layer for layer, _ in sizes])
     points = [
-        (float(place), math.log10(rms)) for place, (_, rms) in zip(places, sizes, strict=True) if 0 < rms < math.inf
+        (float(place), math.log10(norm)) for place, (_, norm) in zip(places, sizes, strict=True) if 0 < norm < math.inf
     ]
     fitted = _evenly(points, MAX_FITTED)
     slopes = [(y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(fitted) for x2, y2 in fitted[:i] if x1 != x2]

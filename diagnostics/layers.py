@@ -5,6 +5,7 @@ Standard library only, frozen, plain numbers; records.py has the rest of the wor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
@@ -126,10 +127,16 @@ class LayerRecord:
 
     @property
     def trunk_rms(self) -> float | None:
-        """What the fit over depth takes: the residual stream's gradient behind a branch, else the output's."""
+        """The gradient on the trunk: the residual stream's behind a branch, else the output's."""
         if self.stream_rms is not None or self.output is None:
             return self.stream_rms
         return self.output.rms
+
+    @property
+    def trunk_norm(self) -> float | None:
+        """The norm of the same gradient, which the fit over depth takes: it does not change with a layer's width."""
+        rms, output = self.trunk_rms, self.output
+        return None if rms is None or output is None else rms * math.sqrt(output.numel)
 
 
 class Layers(Sequence[LayerRecord]):
@@ -208,12 +215,15 @@ class Layers(Sequence[LayerRecord]):
 
 @dataclass(frozen=True, slots=True)
 class DepthFit:
-    """A robust line through log10 rms of the output gradients over depth.
+    """A robust line through log10 of the output gradients' norm over depth.
+
+    The norm and not the rms: with weights drawn for their number of inputs, as all usual initialisations draw them, a
+    layer keeps the norm of what it passes back, while a narrower one behind a wider one changes the rms.
 
     Attributes:
         slope: The backward slope: decades by which the gradient changes per layer on the way back. Negative vanishes,
             positive explodes.
-        intercept: log10 rms at the deepest fitted layer, where the backward pass begins.
+        intercept: log10 norm at the deepest fitted layer, where the backward pass begins.
         uncertainty: Standard error of the slope.
         depths: Number of layers that count; those that stand side by side count once.
         points: Number of layers that were fitted: those that count, less exact zeros and non-finite values.

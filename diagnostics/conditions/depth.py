@@ -208,8 +208,8 @@ def _jump(case: Case) -> Diagnosis | None:
     layers around it, three on either side, must agree that the level has changed. The last layer, whose output is the
     loss's own business, and the first have too few neighbours to tell; of layers side by side nobody is a neighbour.
     """
-    sized = [(one, one.trunk_rms, one.output) for one in case.trunk]
-    sizes = [(one, rms, rms * output.numel**0.5) for one, rms, output in sized if output and rms and math.isfinite(rms)]
+    sized = [(one, one.trunk_rms, one.trunk_norm) for one in case.trunk]
+    sizes = [(one, rms, norm) for one, rms, norm in sized if rms and norm and math.isfinite(norm)]
     layers = [one for one, _, _ in sizes]
     least = 10**case.thresholds.broken_decades
     if len(layers) < _LEAST_FOR_A_JUMP or max(size[1] for size in sizes) < least * min(size[1] for size in sizes):

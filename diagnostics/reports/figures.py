@@ -276,19 +276,23 @@ def _draw_profile_of(axes: Axes, record: StepRecord, colour: str, marker: str) -
             axes.plot(*zip(*points, strict=True), marker, fillstyle=fill, **look)
     for kind, edge, sign in ((NOT_FINITE, TOP, "x"), (IS_ZERO, BOTTOM, "v")):
         mark(axes, [layer.depth for layer, _, found in cells if found == kind], edge, sign, "", color=colour)
-    line = _fitted_line([layer for layer, _, _ in cells if layer.trunk], record.fit)
+    line = _fitted_line([(layer, stats.numel) for layer, stats, _ in rows if stats and layer.trunk], record.fit)
     label = f"step {record.step:,}: "
     label += f"{record.fit.slope:+.3g} decades per layer back" if record.fit else "no fit"
     axes.plot(*zip(*line, strict=True), "--", color=colour)
     axes.plot([], [], "--", marker=marker, color=colour, label=label)
 
 
-def _fitted_line(trunk: Sequence[Layer], fit: DepthFit | None) -> list[tuple[int, float]]:
-    """Where the fit puts the layers of the trunk; its unit is one layer of the trunk."""
+def _fitted_line(trunk: Sequence[tuple[Layer, int]], fit: DepthFit | None) -> list[tuple[int, float]]:
+    """Where the fit, a line through norms, puts the rms of the trunk's layers; straight where they are equally wide."""
     if fit is None:
         return [(0, math.nan)]
-    places = zip(trunk, steps_back(trunk), strict=True)
-    line = [(layer.depth, fit.intercept + fit.slope * place) for layer, place in places]
+    places = zip(trunk, steps_back([layer for layer, _ in trunk]), strict=True)
+    line = [
+        (layer.depth, fit.intercept + fit.slope * place - math.log10(numel) / 2)
+        for (layer, numel), place in places
+        if numel
+    ]
     return [(depth, height) for depth, height in line if abs(height) < MOST_DECADES] or [(0, math.nan)]
 
 
