@@ -29,9 +29,13 @@ _HOMES = {
         "Verdict",
         "Violation",
     ],
-    "clipping": ["ClipByNorm", "clip_grad_norm_", "clip_gradients"],
-    "diagnosis": ["Thresholds", "diagnose"],
+    "clip_groups": ["ClipByGroup"],
+    "clip_rules": ["ClipByNorm", "ClipByQuantile", "ClipByValue", "ClipByZScore", "ClipRule"],
+    "clipping": ["clip_grad_norm_", "clip_gradients"],
+    "thresholds": ["Thresholds"],
+    "diagnosis": ["diagnose"],
     "monitor": ["Monitor"],
+    "first_pass": ["Preflight", "assert_healthy", "preflight"],
     "runlog": ["Run", "read_run"],
     "sinks": ["Sink"],
     "sinks.console": ["ConsoleSink"],
@@ -63,8 +67,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from diagnostics.clipping import ClipByNorm, clip_grad_norm_, clip_gradients
-    from diagnostics.diagnosis import Thresholds, diagnose
+    from diagnostics.clip_groups import ClipByGroup
+    from diagnostics.clip_rules import ClipByNorm, ClipByQuantile, ClipByValue, ClipByZScore, ClipRule
+    from diagnostics.clipping import clip_grad_norm_, clip_gradients
+    from diagnostics.diagnosis import diagnose
+    from diagnostics.first_pass import Preflight, assert_healthy, preflight
     from diagnostics.monitor import Monitor
     from diagnostics.records import (
         ClipRecord,
@@ -91,4 +98,5 @@ if TYPE_CHECKING:
     from diagnostics.sinks.memory import MemorySink
     from diagnostics.sinks.runlog import RunLogSink
     from diagnostics.sinks.wandb import WandbSink
+    from diagnostics.thresholds import Thresholds
     from diagnostics.watching import watch

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from diagnostics.records import GradientStats, Layer, LayerRecord
 
 OUTSIDE = "(outside the model)"
+_SINGLE = 2.0**-23
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,50 @@ class Sampled:
 
     norm: float
     factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Why a parameter should have moved at a step that left it as it was.
+
+    Attributes:
+        rate: Its learning rate.
+        peak: Largest magnitude of its gradient, in the sample that its value is looked at in.
+        rms: Size of a typical element of its value.
+        resolution: Relative distance of neighbouring numbers in its dtype.
+    """
+
+    rate: float
+    peak: float
+    rms: float
+    resolution: float
+
+    @property
+    def expected(self) -> bool:
+        """Whether it should have moved: neither the learning rate nor the gradient is to blame.
+
+        A gradient that is so small that it would not move a number in float32 is no fault of the loop: the run has
+        converged, or the gradient vanishes.
+        """
+        if not (self.rate != 0 and 0 < self.peak < math.inf):
+            return False
+        return self.lost or abs(self.rate) * self.peak > _SINGLE * self.rms
+
+    @property
+    def lost(self) -> bool:
+        """Whether the update is rounded away even for a gradient of size 1, or by a dtype that is coarser than float32.
+
+        Example:
+            >>> Update(rate=1e-5, peak=0.1, rms=1.0, resolution=2**-7).lost
+            True
+            >>> Update(rate=1e-3, peak=0.1, rms=1.0, resolution=2**-23).lost
+            False
+        """
+        size = abs(self.rate) * min(self.peak, 1.0)
+        least = self.rms * self.resolution / 4
+        return size < least and (
+            abs(self.rate) < least or (self.resolution > _SINGLE and size > _SINGLE * self.rms / 4)
+        )
 
 
 def piece(numel: int, values: Sequence[float], scale: float = 1.0) -> Piece:

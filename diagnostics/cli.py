@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from diagnostics.configs import CONF, ConfigurationError, register_trainers, resolve, sentence
-from diagnostics.jobs import Job, describe_job
+from diagnostics.jobs import Job, describe_job, refusals
 from diagnostics.records import ContractError, DiagnosisError, DiagnosticsWarning, NonFiniteGradientError, RunInfo
 from diagnostics.reports.page import PAGE
 from diagnostics.trainers.progress import write_line
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import Optimizer
 
-    from diagnostics.clipping import ClipByNorm
+    from diagnostics.clip_rules import ClipRule
     from diagnostics.sinks import Sink
     from diagnostics.trainers.loop import TrainerSettings
     from diagnostics.trainers.tasks import Task
@@ -65,9 +65,10 @@ class Parts:
     task: Task
     model: nn.Module
     optimizer: Optimizer
-    clip: ClipByNorm | None
+    clip: ClipRule | None
     scaler: GradScaler | None
     monitoring: Mapping[str, Any]
+    stop_when_sick: bool = False
 
 
 def train() -> None:
@@ -109,6 +110,23 @@ def report() -> None:
         for line in gather.report(parser.parse_args().places, width):
             print(line, flush=True)
     except FileNotFoundError as error:
+        sys.exit(str(error))
+
+
+def explain() -> None:
+    """Prints what a condition or a rule of the loop means; without a name, which there are."""
+    import argparse
+
+    from diagnostics import explain as pages
+
+    parser = argparse.ArgumentParser(description="What a condition of the gradients or a rule of the loop means.")
+    parser.add_argument("name", nargs="*", help="as a message names it, e.g. vanishing; without, all are listed")
+    wanted = " ".join(parser.parse_args().name)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # as above
+    try:
+        print(pages.explain(wanted) if wanted else pages.contents())
+    except ValueError as error:
         sys.exit(str(error))
 
 
@@ -164,10 +182,12 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
                     parts.trainer,
                     clip=parts.clip,
                     scaler=parts.scaler,
+                    stop_when_sick=parts.stop_when_sick,
                 )
-            log({**evaluation, "optim_step": parts.trainer.steps})
+            steps = monitor.records[-1].step + 1
+            log({**evaluation, "optim_step": steps})
         shown = ", ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
-        print(f"{info.name}: {shown} after {parts.trainer.steps} steps")
+        print(f"{info.name}: {shown} after {steps} steps")
         return loop.objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
     finally:
         if settings["sink"]["runlog"]:
@@ -182,36 +202,42 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     """
     import torch
 
+    from diagnostics.clip_rules import ClipByNorm
     from diagnostics.options import Options
-    from diagnostics.trainers.loop import choose_device, make_scaler
+    from diagnostics.trainers.loop import check_together, choose_device, make_scaler
 
     trainer = build(settings["trainer"], "trainer")
     trusted = (*OURS, *settings["trusted_packages"])
     task = build(settings["task"], "task", trusted=trusted)
     clip = build(settings["clip"], "clip") if settings["clip"] else None
     monitoring = {key: value for key, value in settings["diagnostics"].items() if key != "thresholds"}
-    with _refusals("diagnostics", monitoring):
+    stop_when_sick = monitoring["on_diagnosis"] == "stop"
+    if stop_when_sick:
+        monitoring["on_diagnosis"] = "warn"  # the Monitor says it, the loop acts on it
+    with refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
-    if trainer.mistake == "clip_after_step" and clip is None:
-        raise ConfigurationError("trainer.mistake=clip_after_step needs something to clip with; add clip=norm.")
-    with _refusals("trainer", settings["trainer"]):
+    if trainer.mistake == "clip_after_step" and not isinstance(clip, ClipByNorm):
+        raise ConfigurationError("trainer.mistake=clip_after_step needs a norm to clip with; add clip=norm.")
+    with refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)
     torch.set_num_threads(trainer.threads)
     torch.manual_seed(trainer.seed)
     model = build(settings["model"], "model", task.inputs, task.outputs, trusted=trusted).to(device)
+    with refusals("trainer", settings["trainer"]):
+        check_together(model, trainer, device)
     optimizer = build(settings["optimizer"], "optimizer", model.parameters(), trusted=trusted)
     scaler = make_scaler(trainer.precision, device)
     monitoring |= {"clip": clip, "accumulate": trainer.micro_batches, "scaler": scaler}
-    return Parts(trainer, task, model, optimizer, clip, scaler, monitoring)
+    return Parts(trainer, task, model, optimizer, clip, scaler, monitoring, stop_when_sick)
 
 
 def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequence[str] = OURS, **keywords: Any) -> Any:
     """The object that a section of the configuration describes.
 
     Args:
-        section: ``_target_``, a class of a trusted package, and its keywords.
+        section: ``_target_``, a class of a trusted package, and its keywords, which may be sections themselves.
         key: Where the section stands, for messages.
         arguments: What the class needs besides.
         trusted: The packages.
@@ -234,8 +260,18 @@ def build(section: Mapping[str, Any], key: str, *arguments: Any, trusted: Sequen
         raise wrong from error
     if not isinstance(make.func, type) or make.func.__module__.split(".")[0] not in trusted:
         raise wrong
-    with _refusals(key, section):
-        return make(*arguments, **keywords)
+    parts = {name: _build_parts(value, f"{key}.{name}", trusted) for name, value in make.keywords.items()}
+    with refusals(key, section):
+        return make(*arguments, **parts, **keywords)
+
+
+def _build_parts(value: Any, key: str, trusted: Sequence[str]) -> Any:
+    """A keyword's value, with every section in it built."""
+    if not isinstance(value, Mapping):
+        return value
+    if "_target_" in value:
+        return build(value, key, trusted=trusted)
+    return {name: _build_parts(item, f"{key}.{name}", trusted) for name, item in value.items()}
 
 
 @contextmanager
@@ -287,17 +323,6 @@ def _print_page(run_log: Path, page: Path) -> None:
         print(f"Page of this run: {write_page(run_log, page)}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the run is more important
         write_line(f"The page of this run could not be written ({type(error).__name__}: {error}).")
-
-
-@contextmanager
-def _refusals(key: str, section: Mapping[str, Any]) -> Iterator[None]:
-    """Turns what a constructor says about a value into one sentence with the value's full key."""
-    try:
-        yield
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        joint = "." if said.split(" ")[0] in section else ": "
-        raise ConfigurationError(f"{key}{joint}{said}.") from error
 
 
 @contextmanager

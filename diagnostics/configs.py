@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -26,14 +27,13 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from diagnostics.clip_schemas import CLIP_SCHEMAS, ClipByGroupConfig, NoClipConfig
 from diagnostics.schemas import (
     SCHEMAS,
-    ClipByNormConfig,
     ConsoleSinkConfig,
     MonitorConfig,
     MonitorRunLogConfig,
     MonitorWandbConfig,
-    NoClipConfig,
     TrainConfig,
 )
 
@@ -53,8 +53,9 @@ def register() -> None:
 
     Call it before ``@hydra.main``. Then ``defaults: [diagnostics: default]`` gives a section ``diagnostics``, and
     ``instantiate(config.diagnostics)(model, optimizer)`` a Monitor. On the command line: ``diagnostics/clip=norm``
-    (or ``none``), ``diagnostics.clip.max_norm=0.5``, ``diagnostics/sink=[console,runlog,wandb]``,
-    ``diagnostics.every=1``. No other group is touched.
+    (or any other rule under conf/clip), ``diagnostics.clip.max_norm=0.5``, ``diagnostics/sink=[console,runlog,wandb]``,
+    ``diagnostics.every=1``. No other group is touched. A file of your own, ``conf/diagnostics/mine.yaml`` with
+    ``defaults: [default, override clip: norm]``, may change any key; it may not be called ``default``.
 
     Example:
         >>> from hydra import compose, initialize
@@ -65,16 +66,29 @@ def register() -> None:
         1.0
     """
     store = ConfigStore.instance()
-    default = _with_values(MonitorConfig, "diagnostics/default")
-    store.store(group="diagnostics", name="default", node=default)
+    store.store(group="diagnostics", name="default", node=_with_values(MonitorConfig, "diagnostics/standard"))
     store.store(group="diagnostics/clip", name="none", node=NoClipConfig)
-    store.store(group="diagnostics/clip", name="norm", node=_with_values(ClipByNormConfig, "clip/norm"))
+    for schema, rule in CLIP_SCHEMAS.items():
+        name = schema.removeprefix("clip_")
+        if rule not in {NoClipConfig, ClipByGroupConfig}:
+            store.store(group="diagnostics/clip", name=name, node=_with_values(rule, f"clip/{name}"))
+    store.store(group="diagnostics/clip", name="group", node=_group_of_rules())
     for name, sink in (
         ("console", OmegaConf.structured(ConsoleSinkConfig)),
         ("runlog", _with_values(MonitorRunLogConfig, "sink/runlog")),
         ("wandb", OmegaConf.structured(MonitorWandbConfig)),
     ):
         store.store(group="diagnostics/sink", name=name, node={name: sink})
+
+
+def _group_of_rules() -> Any:
+    """conf/clip/group.yaml with the rule of its groups as a choice of its own, ``diagnostics/clip@…``."""
+    node = OmegaConf.create({"defaults": [{"/diagnostics/clip@rule": "norm"}, "_self_"]})
+    values = OmegaConf.load(CONF / "clip/group.yaml")
+    assert isinstance(values, DictConfig)
+    return OmegaConf.merge(
+        node, {"_target_": ClipByGroupConfig._target_}, {k: v for k, v in values.items() if k != "defaults"}
+    )
 
 
 def _with_values(schema: type, file: str) -> Any:
@@ -124,6 +138,24 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     for message in (*_forced_keys(config, ""), *_bad_numbers(plain, ""), *_paths_outside(plain)):
         raise ConfigurationError(message)
     return {str(key): value for key, value in plain.items()}
+
+
+def compose_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """What a command line of the training job means, resolved; for a program that starts runs of its own.
+
+    Args:
+        overrides: Of the command line.
+
+    Raises:
+        ConfigurationError: As :func:`resolve` does; Hydra's own errors where the overrides do not compose.
+
+    Example:
+        >>> register_trainers()
+        >>> compose_settings(["model.depth=12"])["model"]["depth"]
+        12
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolve(compose("train", overrides=list(overrides)))
 
 
 def _paths_outside(plain: Mapping[Any, Any]) -> Iterator[str]:

@@ -12,72 +12,42 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from diagnostics.conditions import examine
+from diagnostics.conditions.case import MAD_TO_SIGMA, Case, Memory
 from diagnostics.records import (
     NONFINITE,
+    SOLE_OPTIMIZER,
     WARNING,
     DepthFit,
     Diagnosis,
     LayerRecord,
-    Remedy,
     RunInfo,
     StepRecord,
     Verdict,
     Violation,
     steps_back,
 )
+from diagnostics.remedies import prescribe
+from diagnostics.thresholds import Thresholds
 
 MAX_FITTED = 64
-_MAD_TO_SIGMA = 1.4826
-_SKIPS_IN_A_ROW = 10
+AT_ONCE = ("nonfinite", "spike", "clipped_always")
+"""What one step shows for sure, and what a history of fifty steps already confirms."""
 
+MOST_PAST = 1000
+"""How many diagnoses that cleared are kept."""
 
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """When a number becomes a diagnosis.
-
-    Attributes:
-        notice_decades: Decades between the first and the last layer from which a slope is worth a notice.
-        warning_decades: From which it is a warning; the lesson's four-layer sigmoid chain has 2.73.
-        severe_decades: From which it is severe.
-        confirm: Recorded steps in a row that confirm a condition.
-        clear: Recorded steps in a row without it that clear it.
-
-    Raises:
-        ValueError: If the decades do not increase from a positive number, or a count is below 1.
-
-    Example:
-        >>> Thresholds().warning_decades
-        2.5
-    """
-
-    notice_decades: float = 1.5
-    warning_decades: float = 2.5
-    severe_decades: float = 5.0
-    confirm: int = 3
-    clear: int = 3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.notice_decades <= self.warning_decades <= self.severe_decades:
-            raise ValueError(
-                "notice_decades, warning_decades and severe_decades must be positive and in this order; got "
-                f"{self.notice_decades}, {self.warning_decades}, {self.severe_decades}."
-            )
-        for name in ("confirm", "clear"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 recorded step; got {getattr(self, name)}.")
-
-    def severity(self, decades: float) -> int:
-        """0 to 3 for so many decades."""
-        limits = (self.notice_decades, self.warning_decades, self.severe_decades)
-        return sum(decades >= limit for limit in limits)
+Followed = tuple[str, str]
+"""An optimizer's name and a condition's."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Track:
-    """One condition over time: its diagnosis, and how severe the last records found it (0 where they did not)."""
+    """One condition over time: its diagnosis, how severe the last records found it (0: they did not), and its worst."""
 
     diagnosis: Diagnosis
     recent: tuple[int, ...]
+    peak: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +55,16 @@ class State:
     """What :func:`advance` carries from record to record.
 
     Attributes:
-        tracks: Conditions that stand or are about to.
-        past: Diagnoses that cleared, oldest first.
+        tracks: Conditions that stand or are about to, by optimizer.
+        past: The newest thousand diagnoses that cleared, oldest first.
         records: Number of steps so far whose output gradients were seen.
-        skips: Skipped steps in a row, by optimizer.
-        slope: The last fitted backward slope.
+        memories: What the conditions keep, by optimizer.
     """
 
-    tracks: Mapping[str, _Track] = field(default_factory=dict)
+    tracks: Mapping[Followed, _Track] = field(default_factory=dict)
     past: tuple[Diagnosis, ...] = ()
     records: int = 0
-    skips: Mapping[str, int] = field(default_factory=dict)
-    slope: float | None = None
+    memories: Mapping[str, Memory] = field(default_factory=dict)
 
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
@@ -154,30 +122,30 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
     Returns:
         The new state, and the diagnoses that began, were confirmed, changed severity or cleared at this record.
     """
-    skips = {**state.skips, record.optimizer: state.skips.get(record.optimizer, 0) + 1 if record.skipped else 0}
-    found = {diagnosis.condition: diagnosis for diagnosis in _nonfinite(record, skips[record.optimizer])}
-    judged = ["nonfinite"]
-    slope = state.slope
-    if record.recorded:
-        fit = record.fit or fit_depth(record.layers.before_step)
-        if fit is not None:
-            slope = fit.slope
-            judged += ["vanishing", "exploding"]
-            found |= {diagnosis.condition: diagnosis for diagnosis in _slope(record, fit, thresholds)}
-    tracks, past, changed = dict(state.tracks), list(state.past), []
+    memory = state.memories.get(record.optimizer, Memory())
+    memory = replace(memory, skips=memory.skips + 1 if record.skipped else 0)
+    fit = (record.fit or fit_depth(record.layers.before_step)) if record.recorded else None
+    standing = {
+        condition: track.diagnosis.severity
+        for (optimizer, condition), track in state.tracks.items()
+        if optimizer == record.optimizer and track.diagnosis.confirmed
+    }
+    found, judged = examine(Case(record, fit, memory, thresholds, standing))
+    tracks, past, changed = dict(state.tracks), state.past, []
     for condition in judged:
-        before = tracks.pop(condition, None)
-        after = _follow(before, found.get(condition), record.step, thresholds)
+        before = tracks.pop((record.optimizer, condition), None)
+        after = _follow(before, _named(found.get(condition), record.optimizer), record.step, thresholds)
         if after is None:
             continue
         if before is None or _differs(before.diagnosis, after.diagnosis):
             changed.append(after.diagnosis)
         if after.diagnosis.cleared is None:
-            tracks[condition] = after
+            tracks[record.optimizer, condition] = after
         else:
-            past.append(after.diagnosis)
+            past = (*past, after.diagnosis)[-MOST_PAST:]
     seen = record.recorded and any(layer.output is not None for layer in record.layers.before_step)
-    return State(tracks, tuple(past), state.records + seen, skips, slope), tuple(changed)
+    memories = {**state.memories, record.optimizer: memory.after(record, thresholds.history)}
+    return State(tracks, past, state.records + seen, memories), tuple(changed)
 
 
 def diagnose(
@@ -203,26 +171,6 @@ def diagnose(
     return tuple(prescribe(diagnosis, run) for diagnosis in state.diagnoses)
 
 
-def prescribe(diagnosis: Diagnosis, run: RunInfo | None) -> Diagnosis:
-    """The diagnosis with remedies that fit the run.
-
-    An override is named only where the run's configuration has its key, and a remedy that the run already follows is
-    left out.
-    """
-    remedies = []
-    for remedy in diagnosis.remedies:
-        if remedy.override is None:
-            remedies.append(remedy)
-            continue
-        key, _, value = remedy.override.partition("=")
-        current = _look_up({} if run is None else run.config, key)
-        if current is _ABSENT:
-            remedies.append(replace(remedy, override=None))
-        elif not _same_choice(current, value):
-            remedies.append(remedy)
-    return replace(diagnosis, remedies=tuple(remedies))
-
-
 def verdict(state: State, violations: Sequence[Violation] = (), thresholds: Thresholds | None = None) -> Verdict:
     """One word, one number and one sentence: the last confirmed state, what cleared and when, what the loop broke."""
     if state.records == 0 and not state.tracks:
@@ -238,9 +186,7 @@ def verdict(state: State, violations: Sequence[Violation] = (), thresholds: Thre
         seen = worst.message.split(". ", maxsplit=1)[0].rstrip(".")
         text = f"{worst.condition} since step {worst.step}: {seen}"
         text += f"; {_unlawful(violations)}" if violations else ""
-    past = [
-        f"{old.condition} at steps {old.step}–{old.cleared}, cleared" for old in state.past if old.severity >= WARNING
-    ]
+    past = _cleared([old for old in state.past if old.severity >= WARNING])
     doubt = [f"unconfirmed ({state.records} record{'s' * (state.records != 1)})"] if short else []
     condition, severity = (worst.condition, worst.severity) if worst else ("healthy", 0)
     return Verdict(condition, severity, "; ".join([text, *past, *doubt]))
@@ -250,12 +196,14 @@ def _follow(track: _Track | None, found: Diagnosis | None, step: int, thresholds
     """Confirmation, hysteresis and all-clear of one condition; None where there is nothing to follow.
 
     The severity rises to what the last ``confirm`` records all reached and falls to what the last ``clear`` records did
-    not exceed.
+    not exceed. What has cleared is told by the worst that it was.
     """
     level = found.severity if found else 0
     if track is None:
-        certain = level == NONFINITE or thresholds.confirm == 1
-        return _Track(replace(found, confirmed=certain), (level,)) if found else None
+        if found is None:
+            return None
+        certain = found.condition in AT_ONCE or thresholds.confirm == 1
+        return _Track(prescribe(replace(found, confirmed=certain), None), (level,), level if certain else 0)
     if found is None and not track.diagnosis.confirmed:
         return None
     recent = (*track.recent, level)[-max(thresholds.confirm, thresholds.clear) :]
@@ -266,66 +214,22 @@ def _follow(track: _Track | None, found: Diagnosis | None, step: int, thresholds
         confirmed, severity = reached > 0 or level == NONFINITE, reached or level
     else:
         confirmed, severity = True, min(max(before.severity, reached), ceiling)
+    peak = max(track.peak, severity if confirmed else 0)
     if severity == 0:
-        return _Track(replace(before, cleared=step), recent)
-    latest = found or before
-    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent)
+        return _Track(replace(before, severity=peak, cleared=step), recent)
+    latest = before if found is None else prescribe(found, None)
+    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent, peak)
 
 
 def _differs(before: Diagnosis, after: Diagnosis) -> bool:
     return (before.confirmed, before.severity, before.cleared) != (after.confirmed, after.severity, after.cleared)
 
 
-def _slope(record: StepRecord, fit: DepthFit, thresholds: Thresholds) -> Iterable[Diagnosis]:
-    """Vanishing or exploding: decades beyond their own uncertainty."""
-    certain = max(0.0, abs(fit.slope) - fit.uncertainty) * (fit.depths - 1)
-    severity = thresholds.severity(certain)
-    if severity == 0:
-        return
-    condition = "vanishing" if fit.slope < 0 else "exploding"
-    rate = f"{abs(fit.slope):.2f} decades per layer on the way back, {fit.decades:.1f} over {fit.depths} layers"
-    evidence = {
-        "slope": fit.slope,
-        "uncertainty": fit.uncertainty,
-        "decades": fit.decades,
-        "threshold": (thresholds.notice_decades, thresholds.warning_decades, thresholds.severe_decades)[severity - 1],
-        "depths": fit.depths,
-    }
-    first = next((layer.layer.depth for layer in record.layers.before_step if layer.output is not None), None)
-    if condition == "vanishing":
-        message = (
-            f"the gradient fades by {rate}. The first layers hardly learn, and clipping cannot cure it: it multiplies "
-            "all layers by one number and leaves the slope as it is."
-        )
-        yield Diagnosis(condition, severity, record.step, first, evidence, message, VANISHING_REMEDIES)
-    else:
-        message = (
-            f"the gradient grows by {rate}. The first layers are thrown about; clipping bounds the step and leaves "
-            "the slope as it is."
-        )
-        yield Diagnosis(condition, severity, record.step, first, evidence, message, EXPLODING_REMEDIES)
-
-
-def _nonfinite(record: StepRecord, skips: int) -> Iterable[Diagnosis]:
-    """NaN or infinity in a gradient: an overflow that the loss scaler corrects is no illness, ten in a row are."""
-    scaler_at_work = record.loss_scale != 1.0 and record.skipped and skips < _SKIPS_IN_A_ROW
-    broken = record.nonfinite > 0 or not math.isfinite(record.clip.total_norm)
-    broken |= record.loss is not None and not math.isfinite(record.loss)
-    if not broken or scaler_at_work:
-        return
-    deepest = next((layer for layer in reversed(record.layers.before_step) if _is_broken(layer)), None)
-    where = (
-        f"; the backward pass met them first at depth {deepest.layer.depth} ({deepest.layer.name})" if deepest else ""
-    )
-    lost = f", {skips} steps in a row were skipped" if skips > 1 else ""
-    message = f"{record.nonfinite} gradient elements are NaN or infinite{where}{lost}."
-    evidence = {"nonfinite": float(record.nonfinite), "total_norm": record.clip.total_norm, "skipped": float(skips)}
-    depth = deepest.layer.depth if deepest else None
-    yield Diagnosis("nonfinite", NONFINITE, record.step, depth, evidence, message, NONFINITE_REMEDIES)
-
-
-def _is_broken(layer: LayerRecord) -> bool:
-    return any(stats is not None and stats.nonfinite > 0 for stats in (layer.output, layer.weight))
+def _named(found: Diagnosis | None, optimizer: str) -> Diagnosis | None:
+    """The finding with the optimizer's name, where a run has several."""
+    if found is None or optimizer == SOLE_OPTIMIZER:
+        return found
+    return replace(found, message=f"{optimizer}: {found.message}")
 
 
 def _evenly(points: list[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
@@ -337,50 +241,21 @@ def _evenly(points: list[tuple[float, float]], limit: int) -> list[tuple[float, 
 def _uncertainty(points: Sequence[tuple[float, float]], slope: float, intercept: float) -> float:
     if len(points) < 3:
         return 0.0
-    sigma = _MAD_TO_SIGMA * median(abs(y - intercept - slope * x) for x, y in points)
+    sigma = MAD_TO_SIGMA * median(abs(y - intercept - slope * x) for x, y in points)
     centre = sum(x for x, _ in points) / len(points)
     return sigma / math.sqrt(sum((x - centre) ** 2 for x, _ in points))
+
+
+def _cleared(past: Sequence[Diagnosis]) -> list[str]:
+    """What was and is no more, one phrase per condition."""
+    told = []
+    for condition in dict.fromkeys(old.condition for old in past):
+        same = [old for old in past if old.condition == condition]
+        often = f" {len(same)} times, the last" if len(same) > 1 else ""
+        told.append(f"{condition}{often} at steps {same[-1].step}–{same[-1].cleared}, cleared")
+    return told
 
 
 def _unlawful(violations: Sequence[Violation]) -> str:
     rules = dict.fromkeys(violation.rule for violation in violations)
     return f"unlawful loop ({', '.join(rules)})"
-
-
-_ABSENT = object()
-
-
-def _look_up(config: Mapping[str, object], key: str) -> object:
-    """What a configuration holds under a dotted key, or _ABSENT."""
-    node: object = config
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return _ABSENT
-        node = node[part]
-    return node
-
-
-def _same_choice(current: object, value: str) -> bool:
-    """Whether a configuration already holds what an override would set: a value, or a group chosen by its class."""
-    if isinstance(current, Mapping):
-        current = str(current.get("_target_", "")).rsplit(".", maxsplit=1)[-1]
-    return str(current).lower() == value.lower()
-
-
-VANISHING_REMEDIES = (
-    Remedy("use an activation whose slope does not saturate", "model.activation=relu"),
-    Remedy("initialise so that the variance of the gradient is kept", "model.init=kaiming"),
-    Remedy("normalise between the layers", "model.norm=layer"),
-    Remedy("add residual connections", "model.residual=true"),
-    Remedy("use an optimizer that divides by the gradient's own size", "optimizer=adamw"),
-)
-EXPLODING_REMEDIES = (
-    Remedy("initialise so that the variance of the gradient is kept", "model.init=kaiming"),
-    Remedy("clip the gradient norm, which bounds the step", "clip=norm"),
-    Remedy("normalise between the layers", "model.norm=layer"),
-    Remedy("add residual connections", "model.residual=true"),
-)
-NONFINITE_REMEDIES = (
-    Remedy("lower the learning rate"),
-    Remedy("look at the input and the loss for division by zero, log of zero and overflow"),
-)

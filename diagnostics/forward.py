@@ -64,12 +64,14 @@ class Forward:
         orders: Order of calls by model.
         trunks: What is known of the trunk, likewise.
         version: Grows whenever either changes.
+        ran: Owners that were called with gradients enabled since somebody emptied the set.
     """
 
     def __init__(self, owners: Sequence[Owner], roots: int) -> None:
         self.orders = [CallOrder() for _ in range(roots)]
         self.trunks = [Trunk() for _ in range(roots)]
         self.version = 0
+        self.ran: set[int] = set()
         self._owners = owners
         self._passes = [_Pass() for _ in range(roots)]
         self._read: list[set[tuple[Call, ...]]] = [set() for _ in range(roots)]
@@ -184,6 +186,7 @@ class Forward:
         self._look_for_trunk(root)
         one, self._passes[root] = self._passes[root], _Pass()
         self.version += self.orders[root].extend(one.trace)
+        self.ran.update(index for index, _ in one.trace)
 
     def _look_for_trunk(self, root: int, results: Sequence[Node] = ()) -> dict[Node, Call]:
         """Reads the graph of a pass whose calls came in a new order; returns its joins."""

@@ -19,86 +19,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diagnostics import dead, magnitudes, statistics
+from diagnostics import statistics
+from diagnostics.callback import Hook as _Hook
 from diagnostics.depth import Owner
-from diagnostics.forward import OUTPUT, Forward, Point, Role
+from diagnostics.forward import Forward, Point, Role
+from diagnostics.graph import Leaves
+from diagnostics.marks import Marks, is_other, version
+from diagnostics.passes import BackwardPass, measured
 
 _NO_BACKWARD = -1
-
-
-@dataclass(slots=True)
-class MeasuredGradient:
-    """The gradient of a tensor between layers: taken apart where it is an output's, else its norm alone.
-
-    Attributes:
-        roles: What it is to which layers.
-        numel: Number of elements.
-        norm: Euclidean norm.
-        parts: Everything else; None where no layer made the tensor.
-        share: For a fused recurrent layer the share of its results, one per example and step, that have a gradient.
-    """
-
-    roles: Sequence[Role]
-    numel: int
-    norm: Tensor
-    parts: magnitudes.Parts | None = None
-    share: Tensor | None = None
-
-
-@dataclass(slots=True)
-class BackwardPass:
-    """One backward pass that accumulated into watched parameters; statistics still on the device.
-
-    Attributes:
-        held: Parameters that a step had spent and whose ``.grad`` was not None when the pass began.
-        leftover: 1-norm of those gradients at that moment; a norm without squares, so that none is too small for it.
-        replaced: Those of them whose ``.grad`` was no longer the tensor that the step had spent.
-        cleared: Parameters to which an earlier pass had added what no step has spent, and whose ``.grad`` was None.
-        accumulated: Parameters that the pass added to.
-        gradients: Those of tensors between layers, in the order of the backward pass.
-    """
-
-    held: tuple[int, ...] = ()
-    leftover: Tensor = field(default_factory=lambda: torch.zeros(0))
-    replaced: frozenset[int] = frozenset()
-    cleared: frozenset[int] = frozenset()
-    accumulated: set[int] = field(default_factory=set)
-    gradients: list[MeasuredGradient] = field(default_factory=list)
-
-
-class _Hook:
-    """A callable for torch to hold. A copy of a model (``deepcopy``, ``pickle``) carries a hook that does nothing."""
-
-    __slots__ = ("key", "note", "watcher")
-
-    def __init__(self, watcher: Watcher | None = None, note: Callable[..., None] | None = None, key: Any = 0) -> None:
-        self.watcher = watcher
-        self.note = note
-        self.key = key
-
-    def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():  # traced, it would break the graph at every layer
-            return
-        watcher, note = self.watcher, self.note
-        if watcher is None or note is None or not watcher.listening:
-            return
-        try:
-            note(self.key, *args)
-        except Exception as error:  # noqa: BLE001 -- an exception here would end the user's backward, or hang other ranks
-            watcher.failed(error)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return (_Hook, ())
 
 
 class Watcher:
@@ -114,6 +49,8 @@ class Watcher:
         recording: Whether output gradients are taken in the forward passes to come.
         timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
         forward: What the forward passes have shown.
+        overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
+        leaves: What the models' first forward passes used.
         failure: The exception that switched the Watcher off.
     """
 
@@ -129,17 +66,22 @@ class Watcher:
         self.listening = True
         self.timeline: list[Any] = []
         self.forward = Forward(owners, len(models))
+        self.overdue: Callable[[], Sequence[Any]] = tuple
+        self.leaves = [Leaves() for _ in models]
         self.failure: Exception | None = None
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._spent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unspent: set[int] = set()
+        self._frozen: list[int] = []
+        self._marks = Marks(self._gradient)
+        self._models = [weakref.ref(model) for model in models.values()]
         self._sentinels: set[int] = set()
         self._first: int | None = None
         self._running: list[int] = []
         self._current = BackwardPass()
-        self._leaves: list[RemovableHandle] = []
+        self._on_leaves: list[RemovableHandle] = []
         if outputs:
             self._watch_forward(models)
         self.adopt(parameters)
@@ -147,39 +89,48 @@ class Watcher:
     def adopt(self, parameters: Sequence[Tensor]) -> None:
         """Watches more parameters; they take the next indices."""
         for parameter in parameters:
-            index = len(self._parameters)
+            self._frozen.append(len(self._parameters))
             self._parameters.append(weakref.ref(parameter))
-            if parameter.requires_grad and parameter.is_leaf:
+        self._watch_unfrozen()
+
+    def _watch_unfrozen(self) -> None:
+        """Hooks on parameters that take gradients by now; torch allows none on those that do not."""
+        frozen, self._frozen = self._frozen, []
+        for index in frozen:
+            parameter = self._parameters[index]()
+            if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                 after = _Hook(self, self._after_accumulation, index)
                 handle = parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
+            elif parameter is not None:
+                self._frozen.append(index)
 
     def watch_steps(
         self,
         optimizer: torch.optim.Optimizer,
-        before: Callable[[torch.optim.Optimizer], None],
-        after: Callable[[torch.optim.Optimizer], None],
+        before: Callable[[torch.optim.Optimizer, bool], None],
+        after: Callable[[torch.optim.Optimizer, bool], None],
     ) -> None:
         """Calls two methods back at the beginning and the end of ``optimizer.step()``, as long as their object lives.
 
-        A nested ``super().step()`` is one step.
+        They are told whether the step was given a closure. A nested ``super().step()`` is one step.
         """
         depth = 0
         weakly_before, weakly_after = weakref.WeakMethod(before), weakref.WeakMethod(after)
 
-        def begins(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        def begins(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal depth
             depth += 1
             call = weakly_before()
             if depth == 1 and self.listening and call is not None:
-                call(stepping)
+                call(stepping, _has_closure(args, kwargs))
 
-        def ends(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        def ends(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal depth
             depth = max(0, depth - 1)
             call = weakly_after()
             if depth == 0 and self.listening and call is not None:
-                call(stepping)
+                call(stepping, _has_closure(args, kwargs))
 
         self._handles.append(optimizer.register_step_pre_hook(begins))
         self._handles.append(optimizer.register_step_post_hook(ends))
@@ -189,14 +140,21 @@ class Watcher:
         for index in indices:
             parameter = self._parameters[index]()
             self._unspent.discard(index)
+            self._marks.forget(index)
             if parameter is not None and parameter.grad is not None:
-                self._spent[index] = (weakref.ref(parameter.grad), _version(parameter.grad))
+                self._spent[index] = (weakref.ref(parameter.grad), version(parameter.grad))
 
     def drain(self) -> list[Any]:
         """The timeline since the last call; the next step begins a new one."""
-        self._settle()
+        if _graph_task() == _NO_BACKWARD:
+            self._settle()
+            self._let_go_of_leaves()
+        elif self._current.accumulated:  # a step inside the backward pass spends what the pass has made so far
+            self.timeline.append(self._current)
+            self._unspent |= self._current.accumulated
+            self._current = BackwardPass(continued=True, training=self._current.training)
         self.forward.settle()
-        self._let_go_of_leaves()
+        self.timeline += self.overdue()
         timeline, self.timeline = self.timeline, []
         return timeline
 
@@ -205,8 +163,11 @@ class Watcher:
         spent, parameter = self._spent.get(index), self._parameters[index]()
         if spent is None or parameter is None or parameter.grad is None:
             return False
-        tensor, version = spent
-        return parameter.grad is not tensor() or _version(parameter.grad) != version
+        return is_other(parameter.grad, *spent)
+
+    def cleared(self) -> frozenset[int]:
+        """Parameters to which a pass has added what no step has spent, and whose ``.grad`` is None by now."""
+        return frozenset(index for index in self._unspent if self._gradient(index) is None)
 
     def failed(self, error: Exception) -> None:
         """Switches all hooks off; the first reason is kept."""
@@ -234,7 +195,8 @@ class Watcher:
 
     def _watch_forward(self, models: Mapping[str, nn.Module]) -> None:
         for root, model in enumerate(models.values()):
-            self._handles.append(model.register_forward_pre_hook(_Hook(self, self._root_begins, root)))
+            begins = _Hook(self, self._root_begins, root)
+            self._handles.append(model.register_forward_pre_hook(begins, with_kwargs=True))
         for index, owner in enumerate(self._owners):
             module = owner.module()
             if module is not None:
@@ -243,7 +205,8 @@ class Watcher:
         for root, model in enumerate(models.values()):
             self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
 
-    def _root_begins(self, root: int, *_: Any) -> None:
+    def _root_begins(self, root: int, _module: nn.Module, *arguments: Any) -> None:
+        self.leaves[root].begins(arguments)
         if self.recording and _graph_task() == _NO_BACKWARD:
             self._settle()
             self.forward.begin(root)
@@ -262,6 +225,7 @@ class Watcher:
             self._listen(point)
 
     def _root_ends(self, root: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.leaves[root].ends(output)
         if self.recording and _graph_task() == _NO_BACKWARD:
             for point in self.forward.ended(root, output):
                 self._listen(point)
@@ -273,13 +237,13 @@ class Watcher:
         if not isinstance(point.place, Tensor):
             point.place.register_prehook(hook)
         elif point.place.is_leaf:  # may be the user's for many steps
-            self._leaves.append(point.place.register_hook(hook))  # type: ignore[no-untyped-call]
+            self._on_leaves.append(point.place.register_hook(hook))  # type: ignore[no-untyped-call]
         else:
             point.place.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _let_go_of_leaves(self) -> None:
-        while self._leaves:
-            self._leaves.pop().remove()
+        while self._on_leaves:
+            self._on_leaves.pop().remove()
 
     # backward
 
@@ -289,7 +253,7 @@ class Watcher:
         current = self._enter(_graph_task())
         only = gradient[0] if isinstance(gradient, tuple) else gradient  # None for one of several outputs that got none
         if only is not None:
-            current.gradients.append(_measured(*point, only))
+            current.gradients.append(measured(*point, only))
 
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
         self._enter(_graph_task())
@@ -302,6 +266,7 @@ class Watcher:
         if not current.accumulated and index not in self._sentinels:
             self._first = index
         current.accumulated.add(index)
+        current.ends = (*current.ends[:1], index)
 
     def _post_sentinel(self) -> None:
         """Has the parameter that a pass reached first tell of the next one before it accumulates.
@@ -320,6 +285,7 @@ class Watcher:
         """The pass of a graph task; one that is begun inside a running one (reentrant checkpoint) is no new pass."""
         if task not in self._running:
             if not self._running:
+                self.timeline += self.overdue()
                 self._current = self._look()
             self._running.append(task)
             engine = torch.autograd.Variable._execution_engine  # noqa: SLF001 -- the only way to hear of a pass's end
@@ -340,6 +306,7 @@ class Watcher:
 
     def _finish_pass(self) -> None:
         if self._current.accumulated:  # autograd.grad accumulates into nobody, and its output gradients do not count
+            self._current.after = self._marks.note(self._current.ends)
             self.timeline.append(self._current)
             self._unspent |= self._current.accumulated
             self._post_sentinel()
@@ -348,8 +315,11 @@ class Watcher:
 
     def _look(self) -> BackwardPass:
         """What is in ``.grad`` before a pass adds to it: what a step has spent, or nothing where something was."""
-        cleared = frozenset(index for index in self._unspent if self._gradient(index) is None)
+        self._watch_unfrozen()
+        cleared = self.cleared()
         self._unspent -= cleared
+        before, touched = self._marks.check()
+        found = BackwardPass(cleared=cleared, before=before, touched=touched, training=self._training())
         held: dict[int, Tensor] = {}
         for index in list(self._spent):
             gradient = self._gradient(index)
@@ -358,10 +328,15 @@ class Watcher:
             else:
                 held[index] = gradient
         if not held:
-            return BackwardPass(cleared=cleared)
-        replaced = [index for index, gradient in held.items() if self._spent[index][0]() is not gradient]
-        leftover = statistics.parameter_norms([*held.values()], 1.0)
-        return BackwardPass(tuple(held), leftover, frozenset(replaced), cleared)
+            return found
+        found.held = tuple(held)
+        found.leftover = statistics.parameter_norms([*held.values()], 1.0)
+        found.replaced = frozenset(index for index, gradient in held.items() if self._spent[index][0]() is not gradient)
+        return found
+
+    def _training(self) -> bool:
+        models = [model() for model in self._models]
+        return any(model is not None and model.training for model in models)
 
     def _gradient(self, index: int) -> Tensor | None:
         parameter = self._parameters[index]()
@@ -373,13 +348,5 @@ def _graph_task() -> int:
     return int(torch._C._current_graph_task_id())  # noqa: SLF001 -- torch has no public name for it
 
 
-def _version(tensor: Tensor) -> int:
-    return int(tensor._version)  # noqa: SLF001 -- documented under "in-place correctness checks"; no public name
-
-
-def _measured(roles: Sequence[Role], fused: bool, gradient: Tensor) -> MeasuredGradient:
-    numel = gradient.numel()
-    if not any(role.kind == OUTPUT for role in roles):
-        return MeasuredGradient(roles, numel, magnitudes.safe_norm(gradient))
-    parts = magnitudes.take_apart(gradient)
-    return MeasuredGradient(roles, numel, parts.norm, parts, dead.row_share(gradient) if fused else None)
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)

@@ -5,25 +5,33 @@ Our own trainers and other people's apps ask here; without Hydra's job around it
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from diagnostics.configs import ConfigurationError
 from diagnostics.records import RunInfo
+from diagnostics.runlog import log_file
 from diagnostics.sinks import Sink
 from diagnostics.sinks.runlog import RunLogSink
-from diagnostics.trainers.provenance import describe_run, git_state
+from diagnostics.sinks.secrets import hide_secrets
+from diagnostics.trainers.provenance import describe_run
 
 if TYPE_CHECKING:
-    from diagnostics.clipping import ClipByNorm
     from diagnostics.monitor import Monitor
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -39,6 +47,8 @@ class Job:
         directory: The job's own folder.
         group: In a multirun the sweep's folder name, else None.
         shared: Where the W&B files go: the sweep's folder or the job's own.
+        started_in: The current folder when the program was started; Hydra may have changed it since.
+        flags: What else the command line needs so that it repeats the job.
     """
 
     name: str
@@ -46,19 +56,29 @@ class Job:
     directory: Path
     group: str | None
     shared: Path
+    started_in: Path = field(default_factory=Path.cwd)
+    flags: tuple[str, ...] = ()
+
+    @property
+    def script(self) -> Path:
+        """The file that was started."""
+        return self.started_in / sys.argv[0]
 
     @property
     def command(self) -> str:
         """The command line that repeats this job alone."""
-        return shlex.join([*_program(Path(sys.argv[0])), *self.overrides])
+        return shlex.join([*_program(self.script, self.started_in), *self.flags, *self.overrides])
 
 
-def _program(path: Path) -> list[str]:
+def _program(path: Path, started_in: Path) -> list[str]:
     """The words that start a program: its name if it was installed, else its script as seen from where it started."""
     if path.suffix != ".py":
         return [path.name]
     script = path.resolve()
-    roots = [root for root in (Path.cwd(), _CHECKOUT) if script.is_relative_to(root)]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None and module.origin and Path(module.origin).resolve() == script:
+        return ["python", "-m", module.name.removesuffix(".__main__")]
+    roots = [root for root in (started_in, _CHECKOUT) if script.is_relative_to(root)]
     return ["python", str(script.relative_to(roots[0]) if roots else script)]
 
 
@@ -66,15 +86,28 @@ def describe_job() -> Job:
     """What Hydra knows about the job that runs now."""
     config = HydraConfig.get()
     overrides = tuple(config.overrides.task)
-    directory = Path(config.runtime.output_dir)
+    directory, started_in = Path(config.runtime.output_dir), Path(config.runtime.cwd)
+    flags = _chosen_files(sys.argv[1:])
     if config.mode != RunMode.MULTIRUN:
         choices = config.runtime.choices
         chosen = "-".join(str(choices[group]) for group in ("model", "task") if group in choices)
         name = " ".join(overrides) or chosen or config.job.name
-        return Job(name, overrides, directory, group=None, shared=directory)
-    sweep = Path(config.sweep.dir).absolute()
-    differing = [override for override in overrides if override not in _common_overrides(sweep)]
-    return Job(" ".join(differing or overrides), overrides, directory, group=sweep.name, shared=sweep)
+        return Job(name, overrides, directory, None, directory, started_in, flags)
+    sweep = started_in / config.sweep.dir
+    common = _common_overrides(sweep)
+    name = " ".join([override for override in overrides if override not in common] or overrides)
+    if config.sweeper.get("params"):  # the configuration asks for a sweep, and would again
+        flags = (*flags, "hydra.mode=RUN")
+    return Job(name, overrides, directory, sweep.name, sweep, started_in, flags)
+
+
+def _chosen_files(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Those of Hydra's options that choose which configuration is composed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for short, long in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir")):
+        parser.add_argument(short, long, dest=long)
+    found = vars(parser.parse_known_args(arguments)[0])
+    return tuple(f"{option}={value}" for option, value in found.items() if value)
 
 
 def _common_overrides(sweep: Path) -> list[str]:
@@ -83,20 +116,62 @@ def _common_overrides(sweep: Path) -> list[str]:
     return list(OmegaConf.load(written).hydra.overrides.task) if written.exists() else []
 
 
+@contextmanager
+def refusals(key: str, section: Mapping[str, Any]) -> Iterator[None]:
+    """Turns what a constructor says about a value into one sentence with the value's full key."""
+    try:
+        yield
+    except (TypeError, ValueError, ModuleNotFoundError) as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        joint = "." if said.split(" ")[0] in section else ": "
+        raise ConfigurationError(f"{key}{joint}{said}.") from error
+
+
+class TellStopping(Callback):
+    """Says at the end of a sweep what stopping saved; ``hydra.callbacks`` names it.
+
+    Hydra does not call it where a job failed: ``diagnostics-report`` on the sweep's folder says the same.
+
+    Example:
+        >>> TellStopping().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "nowhere"}}}))
+    """
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Reads the sweep's run logs and prints what they say together."""
+        from diagnostics.reports.stopping import tell_stopping  # noqa: PLC0415 -- once, at the very end
+        from diagnostics.runlog import FILE_NAME, read_run  # noqa: PLC0415 -- likewise
+
+        logs = sorted(Path(config.hydra.sweep.dir).rglob(FILE_NAME))
+        for line in tell_stopping([read_run(log) for log in logs]):
+            sys.stdout.write(f"{line}\n")
+
+
 def make_monitor(
-    model: Any, optimizers: Any, *, clip: ClipByNorm | None, sink: Mapping[str, Sink | None], **options: Any
+    model: Any,
+    optimizers: Any,
+    *,
+    clip: Mapping[str, Any] | None,
+    sink: Mapping[str, Any],
+    thresholds: Mapping[str, Any] | None = None,
+    sinks: Iterable[Sink] = (),
+    **options: Any,
 ) -> Monitor:
     """What the section ``diagnostics`` of somebody else's Hydra app makes: a Monitor that knows which run it is in.
 
     Args:
         model: As ``Monitor`` takes it.
         optimizers: Likewise.
-        clip: The rule; empty for ``diagnostics/clip=none``.
-        sink: Name to sink; those that are None were not chosen.
-        options: The Monitor's others; ``run`` takes the place of what Hydra knows about the run.
+        clip: The section of the rule; empty for ``diagnostics/clip=none``.
+        sink: Name to section of a sink; None for those that were not chosen.
+        thresholds: Their section; None for the Monitor's own.
+        sinks: Sinks besides those of the configuration.
+        options: The Monitor's others; ``run`` takes the place of what is known about the run.
 
     Returns:
-        The Monitor.
+        The Monitor; each has sinks of its own.
+
+    Raises:
+        ConfigurationError: A value that only the objects themselves can refuse.
 
     Example:
         >>> from torch import nn, optim
@@ -104,15 +179,37 @@ def make_monitor(
         >>> make_monitor(model, optim.SGD(model.parameters()), clip=None, sink={}, every=1).close()
     """
     from diagnostics.monitor import Monitor  # noqa: PLC0415 -- loads torch, which composing does not need
+    from diagnostics.options import Options  # noqa: PLC0415 -- likewise
 
     plain: dict[str, Any] = {name: one.name if isinstance(one, Enum) else one for name, one in options.items()}
-    if HydraConfig.initialized():
-        plain.setdefault("run", _describe_run(model))
-    return Monitor(model, optimizers, clip=clip or None, sinks=[one for one in sink.values() if one], **plain)
+    plain["clip"] = _build(clip, "diagnostics.clip") if clip else None
+    plain["thresholds"] = _build(thresholds, "diagnostics.thresholds") if thresholds else None
+    with refusals("diagnostics", plain):
+        Options(**{one.name: plain[one.name] for one in fields(Options) if one.name in plain})
+    if "run" not in plain:
+        plain["run"] = _describe_run(model)
+    with ExitStack() as unless_all_open:
+        opened = []
+        for name, section in sink.items():
+            if section:
+                opened.append(_build(section, f"diagnostics.sink.{name}"))
+                unless_all_open.callback(opened[-1].close)
+        monitor = Monitor(model, optimizers, sinks=[*opened, *sinks], **plain)
+        unless_all_open.pop_all()
+    return monitor
+
+
+def _build(section: Mapping[str, Any], key: str) -> Any:
+    make = instantiate(section, _partial_=True, _convert_="all")
+    with refusals(key, section):
+        return make()
 
 
 def open_run_log(path: str) -> RunLogSink:
     """A run log in the folder of Hydra's job, or in the current one where there is no job.
+
+    A second one of the same job, as cross-validation and a notebook make them, goes into a folder ``run_2`` beside the
+    first, and so on.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -120,22 +217,50 @@ def open_run_log(path: str) -> RunLogSink:
         ...     sink = open_run_log(f"{folder}/run.jsonl")
         ...     sink.close()
     """
-    return RunLogSink(Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else ".") / path)
+    job = _running_job()
+    file = log_file((job.directory if job else Path.cwd()) / path)
+    places = (file.parent / f"run_{number}" / file.name for number in itertools.count(2))
+    for place in itertools.chain([file], places):  # another process may take a place between a look and an opening
+        with suppress(FileExistsError):
+            return RunLogSink(place)
+    raise AssertionError  # for type checkers: there are places without end
+
+
+def _running_job() -> Job | None:
+    """What Hydra knows, if it runs this; a configuration that was composed alone knows no folder."""
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        return None
+    return describe_job()
 
 
 def _describe_run(model: Any) -> RunInfo:
     import torch  # noqa: PLC0415 -- as above
 
-    job = describe_job()
-    models = model.values() if isinstance(model, Mapping) else [model]
-    written = job.directory / str(HydraConfig.get().output_subdir) / "config.yaml"  # before the job began, by Hydra
-    info = describe_run(
+    models = list(model.values()) if isinstance(model, Mapping) else [model]
+    running = _running_job()
+    job = running or Job(type(models[0]).__name__, (), Path.cwd(), None, Path.cwd())
+    return describe_run(
         name=job.name,
         directory=job.directory,
-        command=job.command,
+        command=job.command if running else "",
         overrides=job.overrides,
-        config=OmegaConf.to_container(OmegaConf.load(written)) if written.exists() else {},  # type: ignore[arg-type]
+        config=_config_of(job) if running else {},
         seed=torch.initial_seed(),
         device=next((str(one.device) for model in models for one in model.parameters()), ""),
+        code=(job.script.parent, job.started_in),
     )
-    return replace(info, git=git_state(Path(HydraConfig.get().runtime.cwd)))
+
+
+def _config_of(job: Job) -> dict[str, Any]:
+    """The configuration as Hydra wrote it down before the job began; unresolved where it cannot be resolved alone."""
+    written = job.directory / str(HydraConfig.get().output_subdir) / "config.yaml"
+    if not written.exists():
+        return {}
+    config = OmegaConf.load(written)
+    plain: Any
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:
+        plain = OmegaConf.to_container(config)
+    hidden: dict[str, Any] = hide_secrets(plain)  # Hydra's file names a secret of the environment, resolved it is one
+    return hidden

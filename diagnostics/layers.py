@@ -96,8 +96,8 @@ class LayerRecord:
             fused recurrent layer only those results (one per example and step) count that have a gradient.
         weight: The gradient of the layer's own parameters before clipping; None where the layer has none of its own or
             none of them has a gradient.
-        weight_norm: Euclidean norm of the parameters, before the step, estimated from a sample of at most 4,096
-            elements of each parameter.
+        weight_norm: Euclidean norm of the trainable parameters, before the step, estimated from a sample of at most
+            4,096 elements of each parameter; None where all are frozen or the optimizer does not have them.
         update_ratio: ``‖w_after - w_before‖ / ‖w_before‖`` over the same sample; None if the weights were all zero.
         gain: The local gain, ``‖gradient at the layer's input‖ / ‖gradient at its output‖``: below 1 the layer shrinks
             what passes back through it. An input that several consumers read (a residual stream, a hidden state that

@@ -9,12 +9,14 @@ import math
 import sys
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 from diagnostics import diagnosis
-from diagnostics.contract import Backward, Clip, Contract, Step
-from diagnostics.diagnosis import Thresholds
+from diagnostics.acts import Backward, Clip, Closing, Moved, Step
+from diagnostics.contract import Contract
 from diagnostics.options import Options
 from diagnostics.records import (
     WARNING,
@@ -28,8 +30,10 @@ from diagnostics.records import (
     Verdict,
     Violation,
 )
+from diagnostics.remedies import prescribe
 from diagnostics.sinks import Event
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.thresholds import Thresholds
 
 WINDOW = 1000
 """How many records are kept."""
@@ -85,25 +89,27 @@ class Ledger:
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
         """All diagnoses in order of onset, those that cleared and those that stand."""
-        return tuple(diagnosis.prescribe(one, self.run) for one in self._state.diagnoses)
+        return tuple(prescribe(one, self.run) for one in self._state.diagnoses)
 
     def verdict(self) -> Verdict:
         """The run in one sentence."""
         return diagnosis.verdict(self._state, self.violations, self._thresholds)
 
-    def note(self, fact: Backward | Clip) -> None:
-        """Takes what the loop did between two steps."""
+    def note(self, fact: Backward | Clip | Moved) -> None:
+        """Takes what the loop did between two steps, and what is only now known of an earlier one."""
         if isinstance(fact, Backward):
             self._contract.backward(fact)
-        else:
+        elif isinstance(fact, Clip):
             self._found += self._contract.clip(fact)
+        else:
+            self._found += self._contract.moved(fact)
 
-    def enter(self, record: StepRecord, fact: Step) -> StepRecord:
-        """Takes a step; returns its record with violations and diagnoses."""
-        found, self._found = [*self._found, *self._contract.step(fact)], []
+    def enter(self, record: StepRecord, fact: Step | None) -> StepRecord:
+        """Takes a step; returns its record with violations and diagnoses. Without a fact the rules do not see it."""
+        found, self._found = [*self._found, *(self._contract.step(fact) if fact else ())], []
         record = replace(record, violations=tuple(found))
         self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
-        record = replace(record, diagnoses=tuple(diagnosis.prescribe(one, self.run) for one in changed))
+        record = replace(record, diagnoses=tuple(prescribe(one, self.run) for one in changed))
         self._count(record)
         self.records.append(replace(record, layers=record.layers.unread()))
         self._hand_on()
@@ -136,9 +142,9 @@ class Ledger:
         """Warns at the user's line."""
         warnings.warn(text, DiagnosticsWarning, stacklevel=_frames_to_the_user())
 
-    def close(self, status: str, error: str | None) -> None:
+    def close(self, status: str, error: str | None, fact: Closing | None = None) -> None:
         """Hands on what is left and says how the run ended."""
-        late = (*self._found, *self._contract.close())
+        late = (*self._found, *self._contract.close(fact or Closing(finished=status == "finished")))
         self._hand_on()
         for violation in late:
             self._tell(violation)
@@ -146,8 +152,17 @@ class Ledger:
         self._tell(RunEnd(status, ended, self._steps, self.verdict(), self._summary(), error))
         for failure in self._sinks.close():
             self.warn(failure)
-        if status == "finished":
+        if status in ("finished", "stopped"):
             self._announce_violations(late)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the summary at the end counts, in plain containers."""
+        return {"steps": self._steps, "clipped": self._clipped, "first_nonfinite": self._first_nonfinite}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Counts on from where another one was."""
+        self._steps, self._clipped = int(state["steps"]), int(state["clipped"])
+        self._first_nonfinite = state["first_nonfinite"]
 
     def _announce_violations(self, violations: tuple[Violation, ...]) -> None:
         new = [violation for violation in violations if violation.count == 1]
@@ -243,4 +258,5 @@ def _frames_to_the_user() -> int:
 
 def _with_remedies(found: Diagnosis) -> str:
     tries = "; ".join(str(remedy) for remedy in found.remedies)
-    return f"{found} Try: {tries}." if tries else str(found)
+    advice = f" Try: {tries}." if tries else ""
+    return f"{found}{advice} More: diagnostics-explain {found.condition}."

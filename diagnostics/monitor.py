@@ -6,51 +6,46 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diagnostics import amp, contract, diagnosis, statistics
-from diagnostics.clipping import ClipByNorm, NormReading, clip, read_norms, tensors_of
-from diagnostics.diagnosis import Thresholds
-from diagnostics.hooks import BackwardPass, Watcher
-from diagnostics.ledger import Ledger, LedgerView, ending, is_alarm
-from diagnostics.observation import Catalogue, Observation
-from diagnostics.options import Options, models_of, one_number, optimizers_of
+from diagnostics import amp, diagnosis, statistics
+from diagnostics.clip_writing import Clipping
+from diagnostics.clipping import rule_of, tensors_of
+from diagnostics.contract import Contract
+from diagnostics.facts import Facts
+from diagnostics.guarding import Guarded
+from diagnostics.hooks import Watcher
+from diagnostics.ledger import Ledger, ending, is_alarm
+from diagnostics.observation import Catalogue, Observation, Seen, see
+from diagnostics.options import Clip, Options, models_of, one_number, optimizers_of
+from diagnostics.passes import BackwardPass
 from diagnostics.records import (
     ClipRecord,
-    ContractError,
-    DiagnosisError,
-    DiagnosticsWarning,
     NonFiniteGradientError,
     RunInfo,
     StepRecord,
 )
-from diagnostics.schedule import Schedule, Units
+from diagnostics.resuming import Resumable
+from diagnostics.schedule import LostStep, Schedule, Units
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.thresholds import Thresholds
 from diagnostics.unit import Unit
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A step before its record: what was measured, and what clipping did and had done before that."""
-
-    observation: Observation
-    clip: ClipRecord
-    clip_factor: float = 1.0
-
-
-class Monitor(LedgerView):
+class Monitor(Guarded, Resumable):
     """Watches a training loop: gradients by depth, clipping, the loop's own rules.
 
     Args:
         model: One module, or a mapping of names to modules.
         optimizers: One optimizer or a sequence.
-        clip: How gradients are clipped; None measures only.
+        clip: How gradients are clipped; None measures only. Several optimizers that are stepped one by one share the
+            rule and not its history; a mapping from optimizers, or the names in their records, gives each its own rule.
         accumulate: Backward passes that one step is meant to spend.
         scaler: The loop's ``torch.amp.GradScaler``, if it has one.
         nonfinite: What :meth:`clip_and_step` does when gradients are not finite: ``"skip"`` the update, ``"raise"``, or
@@ -84,7 +79,7 @@ class Monitor(LedgerView):
         model: nn.Module | Mapping[str, nn.Module],
         optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         *,
-        clip: ClipByNorm | None = None,
+        clip: Clip = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
         nonfinite: str = "skip",
@@ -103,25 +98,26 @@ class Monitor(LedgerView):
         models, stepping = models_of(model), optimizers_of(optimizers)
         fanout = Fanout(sinks)
         self._catalogue = Catalogue(models, layers)
-        self._units = Units(stepping, self._catalogue)
+        self._units = Units(stepping, self._catalogue, clip)
         self._catalogue.adopt(self._units.together.parameters())
         self._reader = statistics.Reader()
         self._schedule = Schedule(every)
         self._own_clip: ClipRecord | None = None
-        self._own_step: _Seen | None = None
+        self._own_step: Seen | None = None
         self._zeros: AbstractSet[int] = frozenset()
-        self._inside = False
-        self._closed = False
-        self._told_failure = False
         self._ledger = Ledger(
             run or RunInfo(name=type(next(iter(models.values()))).__name__),
-            contract.Contract(self._catalogue.names),
+            Contract(self._catalogue.names, accumulate),
             fanout,
             self._options,
             thresholds or Thresholds(),
         )
         self._watcher = Watcher(models, self._catalogue.owners, self._catalogue.tensors(), outputs=every > 0)
         self._watcher.recording = self._schedule.due(0)
+        self._scaler_watch = None if self._scaler is None else amp.ScalerWatch(self._scaler, stepping)
+        if self._scaler_watch is not None:
+            self._watcher.overdue = self._scaler_watch.look
+        self._facts = Facts(models, self._catalogue, self._watcher, self._reader, self._units.all)
         for optimizer in stepping:
             self._watcher.watch_steps(optimizer, self._own_step_begins, self._own_step_ends)
 
@@ -169,7 +165,9 @@ class Monitor(LedgerView):
             seen, skipped = self._step_with_closure(unit, closure), False
         if optimizer is None and self._scaler is not None:
             self._scaler.update()
-        record = self._conclude(unit, seen, skipped=skipped, numbers=numbers, metrics=list(metrics or ()))
+        record = self._conclude(
+            unit, seen, skipped=skipped, closure=closure is not None, numbers=numbers, metrics=list(metrics or ())
+        )
         if skipped and self._options.nonfinite == "raise" and self._scaler is None:
             raise NonFiniteGradientError(
                 f"Step {record.step} was not taken, since its gradients are not finite (total norm "
@@ -178,11 +176,11 @@ class Monitor(LedgerView):
         self._say(record)
         return record
 
-    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> _Seen:
+    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> Seen:
         observation = self._observe(unit, recorded=recorded)
-        return _Seen(observation, clip(observation.clipping, observation.norms))
+        return Seen(observation, observation.clipping.clip())
 
-    def _step(self, unit: Unit, seen: _Seen) -> bool:
+    def _step(self, unit: Unit, seen: Seen) -> bool:
         """Steps unless gradients are not finite and the policy says no; returns whether the step was skipped."""
         finite = math.isfinite(seen.clip.total_norm)
         if not finite and (self._scaler is not None or self._options.nonfinite != "step"):
@@ -195,10 +193,10 @@ class Monitor(LedgerView):
                     self._scaler.step(optimizer)
         return False
 
-    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> _Seen:
+    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> Seen:
         if self._scaler is not None:
             raise ValueError("closure must be None with a GradScaler, which torch does not support; got a closure.")
-        first: list[_Seen] = []
+        first: list[Seen] = []
 
         def clipped() -> Any:
             with torch.enable_grad():
@@ -215,7 +213,9 @@ class Monitor(LedgerView):
 
     # a loop that calls optimizer.step() itself
 
-    def clip_grad_norm_(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    def clip_grad_norm_(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float | str = 2.0
+    ) -> Tensor:
         """Clips in a loop that calls ``optimizer.step()`` itself, and takes note of it.
 
         Args:
@@ -224,36 +224,40 @@ class Monitor(LedgerView):
             norm_type: The p of the norm; positive, possibly ``inf``.
 
         Returns:
-            The total norm before clipping, 0-dim.
+            The total norm before clipping, 0-dim, as :func:`diagnostics.clip_grad_norm_` returns it.
         """
         self._refuse_if_closed("clip_grad_norm_")
-        owners, gradients = statistics.gradients_of(tensors_of(parameters))
+        given = tensors_of(parameters)
+        owners, gradients = statistics.gradients_of(given)
         self._watcher.adopt(self._catalogue.adopt(owners))
-        reading = NormReading(gradients, ClipByNorm(max_norm, norm_type))
-        norms = read_norms(reading)
-        self._own_clip = clip(reading, norms)
-        indices = [self._catalogue.index(owner) for owner in owners]
-        self._watcher.timeline.append(contract.Clip(dict(zip(indices, norms.parameters, strict=True))))
-        return reading.total_of(norms)
+        clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), statistics.Reader())
+        clipping.settle()
+        self._own_clip = clipping.clip()
+        self._watcher.timeline.append(self._facts.clip(given, owners, clipping.by_gradient, self._own_clip))
+        return clipping.tensor()
 
-    def _own_step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+    def _own_step_begins(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+        if self._scaler_watch is not None:
+            self._scaler_watch.stepped(optimizer)
+        if not (self._inside or self._closed or closure):  # a closure makes its gradients inside the step
+            with self._harmless():
+                self._own_step = self._see_own_step(self._units.of(optimizer))
+
+    def _own_step_ends(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
         if self._inside or self._closed:
             return
         with self._harmless():
-            observation = self._observe(self._units.of(optimizer))
-            seen = clip(observation.clipping, observation.norms, write=False)
-            own, self._own_clip = self._own_clip, None
-            if own is None or not own.applied:
-                self._own_step = _Seen(observation, seen)
-            else:
-                merged = replace(own, total_norm_after=seen.total_norm, shares=seen.shares)
-                self._own_step = _Seen(observation, merged, own.total_norm_after / own.total_norm)
+            unit = self._units.of(optimizer)
+            seen, self._own_step = self._own_step, None
+            if seen is None and closure:
+                seen = self._see_own_step(unit, late=True)
+            if seen is not None:
+                self._say(self._conclude(unit, seen, skipped=seen.observation.skipped, closure=closure))
 
-    def _own_step_ends(self, optimizer: torch.optim.Optimizer) -> None:
-        seen, self._own_step = self._own_step, None
-        if seen is not None:
-            with self._harmless():
-                self._say(self._conclude(self._units.of(optimizer), seen, skipped=False))
+    def _see_own_step(self, unit: Unit, *, late: bool = False) -> Seen:
+        observation = self._observe(unit)
+        own, self._own_clip = self._own_clip, None
+        return see(observation, own, late=late)
 
     # what a step is made of
 
@@ -262,15 +266,14 @@ class Monitor(LedgerView):
         events = self._watcher.drain()
         self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
         passes = [event for event in events if isinstance(event, BackwardPass)]
-        leftovers = [self._reader.ask(one.leftover) for one in passes]
-        self._units.collect(passes)
+        facts = self._facts.ask([event for event in events if not isinstance(event, amp.SkippedStep)])
+        lost = self._ask_lost(events)
         if passes and events[-1] is passes[-1]:
             self._own_clip = None  # more came in after it, so it does not tell what the step spends
         observation = Observation(
             self._catalogue,
             self._reader,
             unit,
-            self._options.clip,
             self._units.take(unit),
             recorded=self._watcher.recording if recorded is None else recorded,
             loss_scale=None if self._scaler is None else amp.loss_scale(self._scaler),
@@ -278,33 +281,39 @@ class Monitor(LedgerView):
         )
         observation.settle()
         self._zeros = observation.zeros
-        readings = iter(leftovers)
-        for event in events:
-            if isinstance(event, BackwardPass):
-                leftover = dict(zip(event.held, next(readings).values, strict=True))
-                self._ledger.note(contract.Backward(frozenset(event.accumulated), leftover, event.replaced))
-            else:
-                self._ledger.note(event)
+        for fact in facts():
+            self._ledger.note(fact)
+        self._enter_lost(lost)
         return observation
+
+    def _ask_lost(self, events: Sequence[Any]) -> list[tuple[LostStep, statistics.Reading]]:
+        return [(one, self._reader.ask(one.scale)) for one in self._units.collect(events)]
+
+    def _enter_lost(self, lost: Sequence[tuple[LostStep, statistics.Reading]]) -> None:
+        for one, scale in lost:
+            self._say(self._ledger.enter(one.unit.skip(one.passes, scale.values[0]), None))
 
     def _conclude(
         self,
         unit: Unit,
-        seen: _Seen,
+        seen: Seen,
         *,
         skipped: bool,
+        closure: bool = False,
         numbers: Sequence[statistics.Reading] = (),
         metrics: Sequence[str] = (),
     ) -> StepRecord:
         """After the step: asks what it did to the weights, makes the record, and sees to the next step."""
         observation = seen.observation
-        observation.moved()
+        if not seen.late:
+            observation.moved()
         table = self._catalogue.layers(self._watcher, unit.home)
         layers = observation.layers(table, seen.clip_factor)
-        clipped = unit.count(clipped=seen.clip.applied)
+        clipped, quantiles = unit.count(seen.clip.total_norm, clipped=seen.clip.applied)
+        shares = observation.shares(table, seen.clip.shares)
         record = StepRecord(
             step=unit.step - 1,
-            clip=replace(seen.clip, shares=observation.shares(table, seen.clip.shares), clip_fraction=clipped),
+            clip=replace(seen.clip, shares=shares, clip_fraction=clipped, norm_quantiles=quantiles),
             optimizer=unit.name,
             loss=numbers[0].values[0] if numbers and numbers[0].values else None,
             lr=observation.learning_rates,
@@ -316,44 +325,16 @@ class Monitor(LedgerView):
             fit=diagnosis.fit_depth(layers.before_step) if observation.recorded else None,
             recorded=observation.recorded,
         )
-        record = self._ledger.enter(record, observation.fact(record, self._watcher.rewritten))
+        record = self._ledger.enter(record, self._facts.step(observation, record, unit, closure=closure))
         if not skipped:
+            observation.clipping.enter(seen.clip.total_norm)
             self._watcher.spend(observation.indices)
+        if record.recorded and not (skipped or closure):
+            self._facts.moved(observation, record)
         if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
             self._schedule.alarm(record.step)
-        self._watcher.recording = any(self._schedule.due(one.step) for one in self._units.active)
+        self._watcher.recording = self._due()
         return record
-
-    def _refuse_if_closed(self, method: str) -> None:
-        if self._closed:
-            raise RuntimeError(f"{method} needs an open Monitor; this one is closed: make a new one.")
-
-    def _say(self, record: StepRecord) -> None:
-        if self._watcher.failure is not None and not self._told_failure:
-            self._told_failure = True
-            self._ledger.warn(_switched_off("A hook", self._watcher.failure))
-        self._ledger.announce(record, listening=self._watcher.listening)
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        """Steps inside are ours: the step hooks need not look."""
-        self._inside = True
-        try:
-            yield
-        finally:
-            self._inside = False
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        """What goes wrong in here ends the watching and not the user's step, unless the user asked for it."""
-        try:
-            yield
-        except (ContractError, DiagnosisError, DiagnosticsWarning):
-            raise
-        except Exception as error:  # noqa: BLE001 -- whatever it is, it is ours
-            self._watcher.failed(error)
-            self._told_failure = True
-            self._ledger.warn(_switched_off("Watching", error))
 
     # what is known
 
@@ -366,15 +347,18 @@ class Monitor(LedgerView):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block nothing is noted: neither passes nor steps."""
+        self._watcher.timeline += self._watcher.overdue()
         with self._watcher.paused():
             yield
+        if self._scaler_watch is not None:
+            self._scaler_watch.forget()
 
     def close(self, status: str = "finished", error: str | None = None) -> None:
         """Takes every hook away, writes the end of the run to the sinks and closes them. Again is harmless.
 
         Args:
-            status: ``"finished"``, ``"failed"`` or ``"interrupted"``.
-            error: The exception in one line.
+            status: ``"finished"``, ``"stopped"``, ``"failed"`` or ``"interrupted"``.
+            error: The exception, or the reason, in one line.
 
         Raises:
             ContractError: If only now it is known which rule was broken, and ``on_violation="raise"``.
@@ -382,10 +366,14 @@ class Monitor(LedgerView):
         if self._closed:
             return
         self._closed = True
-        for clipped in (event for event in self._watcher.drain() if isinstance(event, contract.Clip)):
-            self._ledger.note(clipped)
+        events = self._watcher.drain()
+        lost = self._ask_lost(events) if status == "finished" else []
+        facts, last = self._facts.closing([event for event in events if not isinstance(event, amp.SkippedStep)], status)
+        for fact in facts:
+            self._ledger.note(fact)
+        self._enter_lost(lost)
         self._watcher.remove()
-        self._ledger.close(status, error)
+        self._ledger.close(status, error, last)
 
     def __enter__(self) -> Monitor:  # noqa: PYI034 -- typing.Self came with Python 3.11
         return self
@@ -394,7 +382,3 @@ class Monitor(LedgerView):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(*ending(error))
-
-
-def _switched_off(what: str, error: Exception) -> str:
-    return f"{what} failed and was switched off ({type(error).__name__}: {error}); training goes on."

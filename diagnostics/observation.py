@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from diagnostics import statistics
-from diagnostics.assembly import OUTSIDE, Around, Piece, Sampled, layer_records, update_ratios
-from diagnostics.clipping import ClipByNorm, GradientNorms, NormReading
-from diagnostics.contract import Step
+from diagnostics import amp, statistics
+from diagnostics.acts import NOBODY
+from diagnostics.assembly import OUTSIDE, Around, Piece, Sampled, Update, layer_records, update_ratios
+from diagnostics.clip_groups import GroupState
+from diagnostics.clip_writing import Clipping
 from diagnostics.dead import DeadUnits
 from diagnostics.depth import Call, find_owners, layer_table, unit_weights
 from diagnostics.forward import Forward
-from diagnostics.hooks import BackwardPass, Watcher
+from diagnostics.hooks import Watcher
+from diagnostics.passes import BackwardPass
 from diagnostics.recording import Recording
-from diagnostics.records import Layer, LayerRecord, Layers, StepRecord
+from diagnostics.records import ClipRecord, Layer, LayerRecord, Layers
 from diagnostics.unit import Unit
+
+NEGLIGIBLE = 1e-4
+"""A gradient so much smaller than the optimizer's largest is not expected to move its parameter."""
 
 
 class Catalogue:
@@ -65,6 +71,29 @@ class Catalogue:
         """The name of a known parameter."""
         return self.names[self.index(tensor)]
 
+    def known(self, tensors: Iterable[Tensor]) -> Iterator[int]:
+        """The indices of those that are known."""
+        return (index for tensor in tensors if (index := self._index.get(id(tensor))) is not None)
+
+    def tensor(self, index: int) -> Tensor | None:
+        """The parameter of an index, if it still lives."""
+        return self._tensors[index]()
+
+    def is_inside(self, index: int) -> bool:
+        """Whether a model has the parameter."""
+        return index < self._inside
+
+    def foreign(self, tensors: Iterable[Tensor]) -> frozenset[int]:
+        """Those that no model has."""
+        if len(self.names) == self._inside:
+            return NOBODY
+        return frozenset(index for index in self.known(tensors) if index >= self._inside)
+
+    def parameters_of(self, owners: Iterable[int]) -> frozenset[int]:
+        """The parameters of some owners."""
+        places = {name: place for place, name in enumerate(self.names)}
+        return frozenset(places[name] for owner in owners for name in self.owners[owner].parameters)
+
     def home(self, tensors: Sequence[Tensor]) -> int | None:
         """Which model all these parameters belong to; None if there is no single one."""
         names = [self.names[self._index[id(tensor)]] for tensor in tensors if id(tensor) in self._index]
@@ -99,6 +128,32 @@ class Catalogue:
         return [(index, 0) for index, owner in enumerate(self.owners) if owner.root == root]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A step before its record.
+
+    Attributes:
+        observation: What was measured.
+        clip: What clipping did.
+        clip_factor: What the gradients had been multiplied by before they were measured.
+        late: Whether that was after the step, whose closure made the gradients inside it.
+    """
+
+    observation: Observation
+    clip: ClipRecord
+    clip_factor: float = 1.0
+    late: bool = False
+
+
+def see(observation: Observation, own: ClipRecord | None, *, late: bool = False) -> Seen:
+    """A step that the loop takes itself, with the clip of its own that came before it."""
+    found = observation.clipping.clip(write=False)
+    if own is None or not own.applied:
+        return Seen(observation, found, late=late)
+    merged = replace(own, total_norm_after=found.total_norm, shares=found.shares)
+    return Seen(observation, merged, own.total_norm_after / own.total_norm, late)
+
+
 class Observation:
     """The measurements of one step.
 
@@ -107,8 +162,7 @@ class Observation:
     Args:
         catalogue: The model.
         reader: Who brings the numbers.
-        unit: The step's optimizers.
-        rule: How the step clips.
+        unit: The step's optimizers, and how they clip.
         passes: Backward passes whose gradients it spends.
         recorded: Whether to take more than norms.
         zeros: Gradients that were exactly zero when last looked at closely; their norm of 0 is then believed.
@@ -120,7 +174,6 @@ class Observation:
         catalogue: Catalogue,
         reader: statistics.Reader,
         unit: Unit,
-        rule: ClipByNorm | None,
         passes: Sequence[BackwardPass],
         *,
         recorded: bool,
@@ -132,22 +185,24 @@ class Observation:
         self.recorded = recorded
         self._zeros = zeros
         self.passes = list(passes)
-        held = unit.parameters()
+        self.held = held = unit.parameters()
         self._rates = [reader.ask(lr) if isinstance(lr, Tensor) else float(lr) for lr in unit.learning_rates()]
         parameters, self.gradients = statistics.gradients_of(held)
         self.indices = [catalogue.index(parameter) for parameter in parameters]
-        self.clipping = NormReading(self.gradients, rule)
-        self._euclidean = self.clipping if self.clipping.norm_type == 2 else NormReading(self.gradients, None)
-        self._norms = reader.ask(self.clipping.tensor())
-        self._euclidean_norms = (
-            self._norms if self._euclidean is self.clipping else reader.ask(self._euclidean.tensor())
+        still_scaled, overflow = amp.inside_step(unit.optimizers)
+        self._overflow = None if overflow is None else reader.ask(overflow)
+        members = unit.members(parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
+        self.clipping = Clipping(
+            self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
         names = [catalogue.names[index] for index in self.indices]
         self._recording = Recording(reader, self.passes, names, self.gradients, catalogue.dead) if recorded else None
-        self._held = list(held) if recorded else []
+        self._held = [tensor for tensor in held if tensor.requires_grad] if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
         self._weights = reader.ask(statistics.parameter_norms(self._before))
+        self._sampled_peaks = reader.ask(statistics.sampled_peaks(self._held)) if recorded else None
+        self._places = unit.rate_places(self._held)
         self._moved: statistics.Reading | None = None
 
     @property
@@ -156,21 +211,24 @@ class Observation:
         return 1.0 if self._scale is None else self._scale.values[0]
 
     @property
+    def skipped(self) -> bool:
+        """Whether a fused step finds an overflow, which makes it leave everything as it is."""
+        return self._overflow is not None and self._overflow.values[0] != 0
+
+    @property
     def learning_rates(self) -> tuple[float, ...]:
         """One per parameter group, as they were before the step."""
         return tuple(rate if isinstance(rate, float) else rate.values[0] for rate in self._rates)
 
-    def settle(self) -> GradientNorms:
+    def settle(self) -> None:
         """Reads everything that was asked for; a second time for what fp32 may not have held."""
-        self.norms = self._norms_of(self.clipping, self._norms)
-        same = self._euclidean is self.clipping
-        self._euclid = self.norms if same else self._norms_of(self._euclidean, self._euclidean_norms)
-        return self.norms
+        self.clipping.settle(lambda place: self.indices[place] in self._zeros)
+        self.by_gradient = self.clipping.by_gradient
 
     @property
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
-        return {index for index, norm in zip(self.indices, self.norms.parameters, strict=True) if norm == 0}
+        return {index for index, norm in zip(self.indices, self.by_gradient, strict=True) if norm == 0}
 
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""
@@ -213,14 +271,36 @@ class Observation:
         share = {self.catalogue.names[index]: part for index, part in zip(self.indices, by_parameter, strict=True)}
         return tuple(math.fsum(share[name] for name in layer.parameters if name in share) for layer, _ in chosen)
 
-    def fact(self, record: StepRecord, rewritten: Callable[[int], bool]) -> Step:
-        """The step as the contract sees it."""
-        norms = dict(zip(self.indices, self.norms.parameters, strict=True))
-        changed = frozenset(index for index in norms if rewritten(index))
-        after = record.clip.total_norm_after
-        rule = self.clipping.rule
-        limit = None if rule is None else rule.max_norm
-        return Step(record.optimizer, record.step, norms, changed, after, limit, record.skipped)
+    def standing(self) -> Callable[[], tuple[set[int], dict[int, bool]]]:
+        """Which weights the step moved, and which it left though it should not have; made from numbers alone, later.
+
+        See :class:`diagnostics.acts.Moved`. Gradient and value are looked at in the same sample.
+        """
+        assert self._moved is not None
+        assert self._sampled_peaks is not None
+        moved, peaks, norms = self._moved, self._sampled_peaks.values, self._weights.values
+        least = NEGLIGIBLE * max(filter(math.isfinite, peaks), default=0.0)
+        indices = [self.catalogue.index(tensor) for tensor in self._held]
+        known = []
+        for index, tensor, rate, peak, norm in zip(
+            indices, self._held, self._rate_of_each(), peaks, norms, strict=True
+        ):
+            if peak < least:  # such as a bias before a normalisation: its gradient is rounding noise
+                continue
+            rms = norm / math.sqrt(max(1, min(tensor.numel(), statistics.UPDATE_SAMPLE)))
+            known.append((index, Update(rate, peak, rms, statistics.resolution(tensor.dtype))))
+
+        def told() -> tuple[set[int], dict[int, bool]]:
+            distances = dict(zip(indices, moved.values, strict=True))
+            changed = {index for index, distance in distances.items() if distance != 0}
+            still = {index: update.lost for index, update in known if distances[index] == 0 and update.expected}
+            return changed, still
+
+        return told
+
+    def _rate_of_each(self) -> list[float]:
+        rates = self.learning_rates
+        return [rates[place] if place < len(rates) else 0.0 for place in self._places]
 
     def _sampled(self) -> dict[str, Sampled]:
         sampled = {}
@@ -230,28 +310,18 @@ class Observation:
             sampled[self.catalogue.name(tensor)] = Sampled(norm * factor, factor)
         return sampled
 
-    def _norms_of(self, reading: NormReading, read: statistics.Reading) -> GradientNorms:
-        norms = read.values[len(read.values) - len(self.gradients) :]
-        suspects = [
-            place
-            for place in reading.suspects(read.values, each=True)
-            if norms[place] != 0 or self.indices[place] not in self._zeros
-        ]
-        if not suspects:
-            return reading.norms(read.values)
-        return reading.norms(read.values, suspects, self.reader.ask(reading.exact(suspects)).values)
-
     def _weight_pieces(self, clip_factor: float) -> Callable[[], dict[str, Piece]]:
         """Makes the pieces of weight gradients from numbers alone, later: a record must not keep tensors alive."""
         names = [self.catalogue.names[index] for index in self.indices]
         sizes, count = [gradient.numel() for gradient in self.gradients], len(self.gradients)
-        norms = self._euclid
-        peaks = self._recording.peaks.values if self._recording else [None] * count
+        norms, nonfinite = self.clipping.euclidean
+        scale = self.clipping.scale
+        peaks = [peak / scale for peak in self._recording.peaks.values] if self._recording else [None] * count
         fractions = self._recording.fractions.values if self._recording else [None] * (3 * count)
 
         def make() -> dict[str, Piece]:
             shares = [fractions[row * count : (row + 1) * count] for row in range(3)]
-            columns = zip(sizes, norms.parameters, peaks, *shares, norms.nonfinite, strict=True)
+            columns = zip(sizes, norms, peaks, *shares, nonfinite, strict=True)
             return {name: Piece(*column).divided(clip_factor) for name, column in zip(names, columns, strict=True)}
 
         return make

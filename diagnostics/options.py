@@ -6,17 +6,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from diagnostics.clipping import ClipByNorm
-from diagnostics.diagnosis import Thresholds
+from diagnostics.clip_rules import ClipRule, checked
 from diagnostics.records import RunInfo
+from diagnostics.thresholds import Thresholds
 
 NONFINITE_POLICIES = ("skip", "raise", "step")
 REACTIONS = ("warn", "raise", "record")
+
+Clip: TypeAlias = ClipRule | Mapping[Any, ClipRule | None] | None  # a mapping is from optimizers, or their names
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Options:
         ValueError: every must be 0 (never) or a number of steps; got -1.
     """
 
-    clip: ClipByNorm | None = None
+    clip: Clip = None
     accumulate: int = 1
     nonfinite: str = "skip"
     on_violation: str = "warn"
@@ -45,8 +47,8 @@ class Options:
     run: RunInfo | None = None
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not isinstance(self.clip, ClipByNorm):
-            raise TypeError(f"clip must be a rule such as ClipByNorm(max_norm=1.0), or None; got {self.clip!r}.")
+        for name, rule in self.clip.items() if isinstance(self.clip, Mapping) else [(None, self.clip)]:
+            checked("clip" if name is None else f"clip[{name!r}]", rule)
         for name, kind in (("scaler", torch.amp.GradScaler), ("thresholds", Thresholds), ("run", RunInfo)):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__} or None; got {getattr(self, name)!r}.")

@@ -12,7 +12,7 @@ from diagnostics.assembly import Around, piece
 from diagnostics.dead import DeadUnits, row_sizes
 from diagnostics.depth import Call
 from diagnostics.forward import INPUT, OUTPUT, Role
-from diagnostics.hooks import BackwardPass
+from diagnostics.passes import BackwardPass
 
 
 class Recording:

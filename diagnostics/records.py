@@ -15,6 +15,7 @@ from diagnostics.layers import DepthFit, GradientStats, Layer, LayerRecord, Laye
 
 __all__ = [
     "NONFINITE",
+    "NORM_QUANTILES",
     "NOTICE",
     "RELATIVE_DEPTHS",
     "SEVERE",
@@ -45,6 +46,7 @@ NOTICE, WARNING, SEVERE, NONFINITE = 1, 2, 3, 4
 SEVERITY_NAMES = ("none", "notice", "warning", "severe", "non-finite")
 SOLE_OPTIMIZER = "optimizer"
 RELATIVE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NORM_QUANTILES = (0.5, 0.9, 0.99)
 
 
 class DiagnosticsWarning(UserWarning):
@@ -68,18 +70,24 @@ class ClipRecord:
     """What the clip rule saw and did at one step.
 
     Attributes:
-        rule: ``"norm"``, or ``"none"`` where no rule was given.
+        rule: ``"norm"``, ``"value"``, ``"quantile"``, ``"zscore_reciprocal"`` (or another target), ``"group"``, or
+            ``"none"`` where no rule was given.
         norm_type: The p of the norm; positive, possibly ``inf``.
-        max_norm: The threshold asked for; None without a rule.
+        max_norm: The norm that gradients above the threshold are scaled down to; ``inf`` while a rule is warming up,
+            None for a rule that does not scale all gradients by one coefficient, and without a rule.
         total_norm: p-norm of all gradients before clipping.
-        clip_coef: ``max_norm / (total_norm + 1e-6)``, not clamped; None without a rule.
-        applied: Whether gradients were multiplied, which is ``clip_coef < 1``.
+        clip_coef: ``max_norm / (total_norm + 1e-6)``, not clamped; without the epsilon for a rule whose threshold
+            adapts; ``total_norm_after / total_norm`` for one by value or by group; None without a rule.
+        applied: Whether gradients were changed, which is ``clip_coef < 1`` where all were multiplied by it.
         total_norm_after: p-norm of the gradients that the optimizer saw.
-        threshold: The norm above which this step would be clipped; differs from max_norm for adaptive rules.
+        threshold: The norm above which this step would be clipped; by value, the magnitude of an element.
         shares: One number per layer (per parameter where there are no layers): its part of ``total_norm ** p``; for
             ``p = inf`` one or zero. They sum to 1 unless the norm is zero or not finite.
-        parts: One ClipRecord per group for rules that clip groups on their own.
+        parts: One ClipRecord per group for rules that clip groups on their own; their shares are by parameter.
         clip_fraction: Share of the steps so far, this one included, whose gradients were clipped; None outside a run.
+        norm_quantiles: Median, 0.9- and 0.99-quantile of total_norm over the newest thousand steps, this one included,
+            that had a positive and finite one (:data:`NORM_QUANTILES`); empty outside a run.
+        group: Name of the group that a part tells of.
 
     Example:
         >>> ClipRecord("norm", 2.0, 1.0, total_norm=4.0, clip_coef=0.25, applied=True, total_norm_after=1.0).applied
@@ -97,6 +105,8 @@ class ClipRecord:
     shares: tuple[float, ...] = ()
     parts: tuple[ClipRecord, ...] = ()
     clip_fraction: float | None = None
+    norm_quantiles: tuple[float, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +155,7 @@ class Violation:
 
     def __str__(self) -> str:
         again = f" Seen {self.count} times." if self.count > 1 else ""
-        return f"{self.rule}: {self.message} {self.remedy}{again}"
+        return f"{self.rule}: {self.message} {self.remedy}{again} More: diagnostics-explain {self.rule}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,13 +333,14 @@ class RunEnd:
     """How a run ended; the last thing that every sink is given.
 
     Attributes:
-        status: ``"finished"``, ``"failed"`` (an exception) or ``"interrupted"`` (Ctrl-C, SIGTERM).
+        status: ``"finished"``, ``"stopped"`` (early, by the trainer), ``"failed"`` (an exception) or ``"interrupted"``
+            (Ctrl-C, SIGTERM).
         ended: ISO 8601 time with zone.
         steps: Number of records.
         verdict: The verdict over the whole run.
         summary: ``verdict``, ``severity``, ``decades``, ``violations``, ``clip_fraction``, ``first_nonfinite_step`` and
             ``first_violation_step``; what does not apply is left out.
-        error: The exception in one line, or None.
+        error: The exception, or why the run was stopped, in one line; or None.
 
     Example:
         >>> RunEnd("finished", "", 10, Verdict("healthy", 0, "healthy")).error is None

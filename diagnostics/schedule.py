@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from diagnostics.hooks import BackwardPass
+from diagnostics.amp import SkippedStep
+from diagnostics.clip_groups import ClipByGroup
+from diagnostics.clip_rules import ClipRule, Measure
 from diagnostics.observation import Catalogue
+from diagnostics.options import Clip
+from diagnostics.passes import BackwardPass
 from diagnostics.records import SOLE_OPTIMIZER
 from diagnostics.unit import Unit
 
@@ -17,15 +23,24 @@ DENSE_AFTER_ALARM = 20
 _PENDING_PASSES = 256
 
 
+class LostStep(NamedTuple):
+    """A step that a GradScaler left out: of whom, the passes that it would have spent, and the scale at fault."""
+
+    unit: Unit
+    passes: list[BackwardPass]
+    scale: Tensor
+
+
 class Units:
     """All units of a Monitor: every optimizer by itself, and all together.
 
     Args:
         optimizers: The optimizers.
         catalogue: Knows which model a parameter belongs to.
+        clip: A rule for all, each unit with a history of its own; or one per optimizer, by itself or its unit's name.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], catalogue: Catalogue) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], catalogue: Catalogue, clip: Clip = None) -> None:
         self.together = Unit(SOLE_OPTIMIZER, optimizers)
         self.all = [self.together]
         self._catalogue = catalogue
@@ -35,14 +50,45 @@ class Units:
             named = home is not None and not shared and catalogue.models[home]
             name = named or f"{type(optimizer).__name__.lower()}_{place}"
             self.all.append(Unit(name, [optimizer], home))
+        self.together.names = [unit.name for unit in self.all[1:]] or [SOLE_OPTIMIZER]
+        rules = clip if isinstance(clip, Mapping) else {unit.name: clip for unit in self.all}
+        self._start_clipping(rules, several=isinstance(clip, Mapping) and len(self.all) > 1)
+
+    def _start_clipping(self, given: Mapping[Any, ClipRule | None], *, several: bool) -> None:
+        names = {unit.optimizers[0]: unit.name for unit in self.all if len(unit.optimizers) == 1}
+        rules = {names.get(key, key): rule for key, rule in given.items()}
+        if unknown := [key for key in rules if key not in {SOLE_OPTIMIZER, *names.values()}]:
+            raise ValueError(
+                f"clip must name optimizers that the Monitor was given, or give them: {', '.join(names.values())}; "
+                f"got {unknown[0]!r}."
+            )
+        if several:
+            rules[SOLE_OPTIMIZER] = ClipByGroup(None, by="optimizer", rules=rules)
+        for unit in self.all:
+            unit.clipping = (rules.get(unit.name) or Measure()).start()
 
     @property
     def active(self) -> list[Unit]:
         """The units that have stepped; all together as long as none has."""
         return [unit for unit in self.all if unit.step] or [self.together]
 
-    def collect(self, passes: Sequence[BackwardPass]) -> None:
-        """Gives each unit the backward passes into its parameters, less those whose gradients were cleared unspent."""
+    def collect(self, events: Sequence[Any]) -> list[LostStep]:
+        """Gives each unit the backward passes into its parameters; returns the steps that a GradScaler left out."""
+        passes: list[BackwardPass] = []
+        lost = []
+        for event in events:
+            if isinstance(event, BackwardPass):
+                passes.append(event)
+            elif isinstance(event, SkippedStep):
+                self._collect(passes)
+                passes = []
+                unit = self.of(event.optimizer)
+                lost.append(LostStep(unit, self.take(unit), event.scale))
+        self._collect(passes)
+        return lost
+
+    def _collect(self, passes: Sequence[BackwardPass]) -> None:
+        """Likewise, less those whose gradients were cleared unspent."""
         for unit in self.all if passes else ():
             own = self._own(unit)
             for one in passes:
@@ -89,6 +135,9 @@ class Schedule:
     Args:
         every: 0 records none, 1 all.
 
+    Attributes:
+        dense_until: The step at which the last alarm is over.
+
     Example:
         >>> schedule = Schedule(10)
         >>> [step for step in range(45, 75) if schedule.due(step)]
@@ -97,14 +146,14 @@ class Schedule:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self._dense_until = 0
+        self.dense_until = 0
 
     def due(self, step: int) -> bool:
         """Whether to record a step."""
         if self.every == 0:
             return False
-        return step < max(FIRST_RECORDED, self._dense_until) or step % self.every == 0
+        return step < max(FIRST_RECORDED, self.dense_until) or step % self.every == 0
 
     def alarm(self, step: int) -> None:
         """Records the steps after this one."""
-        self._dense_until = step + 1 + DENSE_AFTER_ALARM
+        self.dense_until = step + 1 + DENSE_AFTER_ALARM

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from diagnostics.clip_schemas import CLIP_SCHEMAS
+
 MISSING: Any = "???"  # what OmegaConf calls a value that a file or a person has still to give
 
 # OmegaConf 2.3 knows no Literal; names that are keywords of Python need the functional form.
@@ -26,6 +28,7 @@ LearningRateSchedule = Enum("LearningRateSchedule", ["constant", "linear", "cosi
 Mistake = Enum("Mistake", ["none", "missing_zero_grad", "clip_after_step"])
 NonFinite = Enum("NonFinite", ["skip", "raise", "step"])
 Reaction = Enum("Reaction", ["warn", "raise", "record"])
+TrainerReaction = Enum("TrainerReaction", ["warn", "stop", "raise", "record"])
 WandbMode = Enum("WandbMode", ["offline", "online", "disabled"])
 
 
@@ -101,6 +104,7 @@ class MLPConfig:
     width: int = MISSING
     activation: Activation = MISSING
     init: Init = MISSING
+    gain: float | None = None
     norm: Norm = MISSING
     residual: bool = MISSING
 
@@ -188,40 +192,38 @@ class AdamWConfig(AdamConfig):
 
 
 @dataclass
-class NoClipConfig:
-    """conf/clip/none.yaml."""
-
-
-@dataclass
-class ClipByNormConfig:
-    """conf/clip/norm.yaml."""
-
-    _target_: str = "diagnostics.ClipByNorm"
-    max_norm: float = MISSING
-    norm_type: float = MISSING
-
-
-@dataclass
 class ThresholdsConfig:
-    """The thresholds in conf/diagnostics/default.yaml."""
+    """The thresholds in conf/diagnostics/standard.yaml."""
 
     _target_: str = "diagnostics.Thresholds"
     notice_decades: float = MISSING
     warning_decades: float = MISSING
     severe_decades: float = MISSING
+    hysteresis: float = MISSING
+    stalled_decades: float = MISSING
+    broken_decades: float = MISSING
+    dead_units: float = MISSING
+    underflow_share: float = MISSING
+    denormal_share: float = MISSING
+    clipped_share: float = MISSING
+    clipped_coefficient: float = MISSING
+    still_ratio: float = MISSING
+    spike_decades: float = MISSING
+    spike_sigmas: float = MISSING
+    history: int = MISSING
     confirm: int = MISSING
     clear: int = MISSING
 
 
 @dataclass
 class DiagnosticsConfig:
-    """conf/diagnostics/default.yaml."""
+    """conf/diagnostics/standard.yaml."""
 
     every: int = MISSING
     layers: str | None = None
     nonfinite: NonFinite = MISSING
     on_violation: Reaction = MISSING
-    on_diagnosis: Reaction = MISSING
+    on_diagnosis: TrainerReaction = MISSING
     thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
 
 
@@ -269,6 +271,7 @@ class TrainerConfig:
     batch_size: int = MISSING
     micro_batches: int = MISSING
     evaluate_every: int = MISSING
+    patience: int = MISSING
     precision: Precision = MISSING
     schedule: LearningRateSchedule = MISSING
     warmup_steps: int = MISSING
@@ -326,6 +329,8 @@ class MonitorConfig(DiagnosticsConfig):
 
     _target_: str = "diagnostics.jobs.make_monitor"
     _partial_: bool = True
+    _recursive_: bool = False  # each Monitor opens its own sinks, when it is made
+    on_diagnosis: Reaction = MISSING  # type: ignore[assignment]  # only our own loop can stop
     accumulate: int = 1
     clip: Any = MISSING
     sink: MonitorSinksConfig = field(default_factory=MonitorSinksConfig)
@@ -350,6 +355,5 @@ SCHEMAS: Mapping[str, type] = {
     "optimizer_sgd": SGDConfig,
     "optimizer_adam": AdamConfig,
     "optimizer_adamw": AdamWConfig,
-    "clip_none": NoClipConfig,
-    "clip_norm": ClipByNormConfig,
+    **CLIP_SCHEMAS,
 }

@@ -138,6 +138,37 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
 
 
 @torch.no_grad()
+def sampled_peaks(parameters: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of every parameter's gradient in a sample of it; 0 where there is none to look at.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.tensor([1.0, -3.0])
+        >>> sampled_peaks([weight, torch.nn.Parameter(torch.zeros(1))])
+        tensor([3., 0.])
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    seen = [place for place, gradient in enumerate(gradients) if gradient is not None and not gradient.is_sparse]
+    if not seen:
+        return torch.zeros(len(gradients))
+    found = parameter_norms(
+        [sample(one, UPDATE_SAMPLE) for one in (gradients[i] for i in seen) if one is not None], math.inf
+    )
+    if len(seen) == len(gradients):
+        return found
+    return found.new_zeros(len(gradients)).index_copy(0, torch.tensor(seen, device=found.device), found)
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Relative distance of neighbouring numbers.
+
+    Example:
+        >>> resolution(torch.bfloat16)
+        0.0078125
+    """
+    return torch.finfo(dtype).eps
+
+
+@torch.no_grad()
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """All elements of small tensors in one float64 vector (fp32 where a device has no float64) on one device."""
     full = [tensor for tensor in tensors if tensor.numel()]

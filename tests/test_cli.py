@@ -337,3 +337,25 @@ def test_six_jobs_make_six_comparable_runs_in_one_folder(launcher):
     assert "Would sync 6 run(s)" in wandb_says(sweep, "sync", "--dry-run")
     inspected = wandb_says(sweep, "leet", "inspect", "--summary", "--json", "wandb/latest-run")
     assert json.loads(inspected)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_gpt_of_six_blocks_learns_from_python_s_own_sources_and_its_record_is_complete():
+    process = popen("experiment=pysource_gpt")
+    _, errors = process.communicate(timeout=290)
+    assert process.returncode == 0, errors
+    log = read_run(only("outputs", "*/run.jsonl"))
+    losses = [record.metrics["eval/loss"] for record in log.records if "eval/loss" in record.metrics]
+    assert losses[0] > 5.3  # ln 256 is 5.5: every byte as likely as any other
+    assert losses[-1] < 2.2
+    assert [record.step for record in log.records] == list(range(1200))
+    recorded = [record for record in log.records if record.recorded]
+    assert {record.step for record in recorded} >= {*range(50), *range(50, 1200, 10)}
+    kinds = [layer.layer.kind for layer in recorded[0].layers]
+    assert (kinds.count("Linear"), kinds.count("LayerNorm"), kinds.count("Embedding")) == (4 * 6 + 1, 2 * 6 + 1, 2)
+    assert all(layer.output is not None for record in recorded for layer in record.layers)
+    assert all(layer.weight is not None for record in log.records for layer in record.layers if layer.layer.parameters)
+    assert log.end.verdict.condition == "healthy"
+    (run,) = wandb_runs(only("outputs", "*"))
+    assert len(run.column("grad/total_norm")) == 1200
+    assert run.rows[-1]["eval/loss"] == pytest.approx(losses[-1], abs=0.2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -123,11 +123,15 @@ def test_every_yaml_file_begins_with_what_it_is():
 def test_every_file_has_the_keys_of_its_schema():
     for name, schema in schemas.SCHEMAS.items():
         group, option = name.split("_", maxsplit=1)
-        keys = set(yaml.safe_load((CONF / group / f"{option}.yaml").read_text())) - {"defaults"}
-        assert keys == set(OmegaConf.structured(schema)) - {"_target_"}, name
+        content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+        filled = {key.split("@")[1] for one in content["defaults"] if isinstance(one, dict) for key in one}
+        assert {*content, *filled} - {"defaults"} == set(OmegaConf.structured(schema)) - {"_target_"}, name
 
 
 def test_the_schema_offers_what_the_code_offers():
+    from diagnostics.clip_groups import GROUPINGS
+    from diagnostics.clip_rules import TARGETS
+    from diagnostics.clip_schemas import ClipGrouping, ClipTarget
     from diagnostics.options import NONFINITE_POLICIES, REACTIONS
     from diagnostics.trainers.loop import MISTAKES, PRECISIONS
     from diagnostics.trainers.models import ACTIVATIONS, GAINS, INITS, NORMS
@@ -140,8 +144,11 @@ def test_the_schema_offers_what_the_code_offers():
         schemas.Mistake: MISTAKES,
         schemas.Precision: PRECISIONS,
         schemas.LearningRateSchedule: SCHEDULES,
+        ClipTarget: TARGETS,
+        ClipGrouping: GROUPINGS,
         schemas.NonFinite: NONFINITE_POLICIES,
         schemas.Reaction: REACTIONS,
+        schemas.TrainerReaction: ("warn", "stop", "raise", "record"),
     }
     for options, known in pairs.items():
         assert list(options.__members__) == list(known)
@@ -153,6 +160,22 @@ def test_defaults_of_the_thresholds_are_the_library_s_own():
 
     section = resolve(composed())["diagnostics"]["thresholds"]
     assert build(section, "diagnostics.thresholds") == Thresholds()
+
+
+def test_our_trainer_and_the_group_for_other_people_s_apps_live_in_one_process():
+    from hydra.core.config_store import ConfigStore
+
+    configs.register()
+    assert composed("diagnostics.every=3").diagnostics.every == 3
+    configs.register_trainers()
+    with initialize(None, version_base="1.3"):
+        theirs = compose(overrides=["+diagnostics=default", "diagnostics/clip=norm"])
+    assert theirs.diagnostics.clip.max_norm == 1.0
+    rules = {Path(name).stem for name in ConfigStore.instance().list("diagnostics/clip")}
+    assert rules == {path.stem for path in (CONF / "clip").glob("*.yaml")}
+    offered = {Path(name).stem for name in ConfigStore.instance().list("diagnostics")}
+    # Hydra refuses to compose where a file and a stored configuration have one name.
+    assert offered.isdisjoint(path.stem for path in (CONF / "diagnostics").glob("*.yaml"))
 
 
 def test_help_names_every_group_and_option():
@@ -196,6 +219,10 @@ CONSTRUCTION = {
     "trainer.steps=0": "trainer.steps must be at least 1; got 0.",
     "trainer.batch_size=5000": "trainer.batch_size must be between 1 and 1437 for digits; got 5000.",
     "trainer.objective=accuracy": "trainer.objective must be one of eval/loss, eval/accuracy; got 'accuracy'.",
+    "clip=quantile clip.quantile=10": "clip.quantile must be at most 1, as 0.1 for the tenth percentile; got 10.0.",
+    "clip=zscore clip.alpha=1": "clip.alpha must be below 1; got 1.0.",
+    "clip=group clip.rule.max_norm=-1": "clip.rule.max_norm must be a positive number; got -1.0.",
+    "clip=group clip.by=name": "clip.rules must hold patterns of names with by='name'; got none.",
     "diagnostics.every=-1": "diagnostics.every must be 0 (never) or a number of steps; got -1.",
     "optimizer._target_=os.system": "optimizer._target_ must be a class of diagnostics or torch; got 'os.system'.",
     "optimizer._target_=torch.load": "optimizer._target_ must be a class of diagnostics or torch; got 'torch.load'.",
@@ -215,7 +242,16 @@ def test_what_cannot_compose_is_said_in_one_sentence(override, said):
 
 @pytest.mark.parametrize(("override", "said"), CONSTRUCTION.items())
 def test_what_only_a_constructor_can_refuse_is_said_in_one_sentence(override, said):
-    assert complaint(override) == said
+    assert complaint(*override.split()) == said
+
+
+def test_a_group_s_rule_is_chosen_like_the_rule_itself_and_a_name_may_have_its_own():
+    from diagnostics import ClipByGroup, ClipByNorm, ClipByQuantile
+
+    own = "clip.rules={weight:{_target_:diagnostics.ClipByNorm,max_norm:0.5},bias:null}"
+    settings = resolve(composed("clip=group", "clip@clip.rule=quantile", "clip.by=name", own))
+    rule = build(settings["clip"], "clip")
+    assert rule == ClipByGroup(ClipByQuantile(0.1), by="name", rules={"weight": ClipByNorm(0.5), "bias": None})
 
 
 def test_a_device_that_is_not_there_is_said_in_one_sentence():
@@ -225,7 +261,8 @@ def test_a_device_that_is_not_there_is_said_in_one_sentence():
 
 
 def test_clipping_too_late_needs_something_to_clip_with():
-    assert complaint("trainer.mistake=clip_after_step", "clip=none").endswith("add clip=norm.")
+    for option in ("none", "quantile"):
+        assert complaint("trainer.mistake=clip_after_step", f"clip={option}").endswith("add clip=norm.")
 
 
 def test_max_norm_may_be_infinite_to_only_measure():

@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.contract import Backward, Clip, Contract, Step, describe
+from diagnostics.acts import Backward, Clip, Step
+from diagnostics.contract import Contract
+from diagnostics.rules import describe
 
 NAMES = ["a", "b"]
 

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.diagnosis import State, Thresholds, advance, diagnose, fit_depth, verdict
+from diagnostics.diagnosis import State, advance, diagnose, fit_depth, verdict
 from diagnostics.records import (
     ClipRecord,
     GradientStats,
     Layer,
     LayerRecord,
     Layers,
-    RunInfo,
     StepRecord,
     Violation,
 )
+from diagnostics.thresholds import Thresholds
 
 CLIP = ClipRecord("none", 2.0, None, 1.0, None, applied=False, total_norm_after=1.0)
 
@@ -177,15 +177,23 @@ def test_an_overflow_that_the_loss_scaler_corrects_is_no_illness_but_ten_in_a_ro
     assert diagnose(records)[0].condition == "nonfinite"
 
 
-def test_remedies_name_overrides_only_where_the_run_has_their_keys_and_not_what_it_already_does():
-    records = [record(step, -0.5) for step in range(3)]
-    assert all(remedy.override is None for remedy in diagnose(records)[0].remedies)
-    config = {"model": {"activation": "sigmoid", "init": "kaiming"}, "optimizer": {"_target_": "torch.optim.AdamW"}}
-    overrides = [remedy.override for remedy in diagnose(records, run=RunInfo("x", config=config))[0].remedies]
-    assert overrides[0] == "model.activation=relu"
-    assert "model.init=kaiming" not in overrides
-    assert "optimizer=adamw" not in overrides
-
-
 def test_the_message_on_vanishing_says_that_clipping_cannot_cure_it():
     assert "clipping cannot cure it" in diagnose([record(0, -0.5)])[0].message
+
+
+def test_a_severity_falls_only_when_the_decades_are_well_below_its_limit():
+    strong, little_less, clearly_less = (
+        [record(step, -decades / 9) for step in range(9)] for decades in (2.6, 2.3, 1.9)
+    )
+    later = [replace(one, step=one.step + 9) for one in little_less]
+    assert conditions([*strong, *later]) == [("vanishing", 2, 0, None)]
+    assert conditions([*strong, *(replace(one, step=one.step + 9) for one in clearly_less)]) == [
+        ("vanishing", 1, 0, None)
+    ]
+    assert conditions(little_less) == [("vanishing", 1, 0, None)]
+
+
+def test_what_has_cleared_slowly_is_told_by_the_worst_that_it_was():
+    decades = [3.0] * 4 + [1.9] * 4 + [0.1] * 4
+    records = [record(step, -one / 9) for step, one in enumerate(decades)]
+    assert conditions(records) == [("vanishing", 2, 0, 10)]

@@ -1,7 +1,11 @@
 """The experiments and sweeps under conf/: what they start, and that W&B's agent can start every one of its runs."""
 
 import dataclasses
+import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +13,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from wandb_server import wandb_server
 
-from diagnostics import schemas
+from diagnostics import read_run, schemas
 from diagnostics.cli import assemble
 from diagnostics.configs import CONF, resolve
 from diagnostics.trainers.loop import OBJECTIVES
@@ -84,6 +89,53 @@ def test_the_agent_s_command_line_is_one_that_hydra_understands():
     assert config["sink"]["wandb"]["mode"] == "online"
     assert config["model"]["depth"] == SWEEP["parameters"]["model.depth"]["values"][0]
     assert (ROOT / SWEEP["program"]).is_file()
+
+
+def wandb_says(folder, url, *arguments):
+    """What the command line of W&B prints in a folder, with a server on loopback."""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {
+        **settings,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_DATA_DIR": str(folder),
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_wandb_s_own_agent_starts_the_runs_of_the_sweep_that_wandb_s_own_command_made(tmp_path):
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    values = [[(key, value) for value in one["values"]] for key, one in SWEEP["parameters"].items()]
+    first, *_, last = map(dict, itertools.product(*values))
+    with wandb_server() as server:
+        server.arguments = [{**chosen, "trainer.steps": 3} for chosen in (first, last)]
+        made = wandb_says(tmp_path, server.url, "sweep", "--project", "project", str(CONF / "wandb_sweep.yaml"))
+        assert "sweep1" in made
+        assert yaml.safe_load(server.sweep)["parameters"].keys() == SWEEP["parameters"].keys()
+        wandb_says(tmp_path, server.url, "agent", "me/project/sweep1")
+        logs = [read_run(path) for path in sorted(tmp_path.glob("outputs/*/run.jsonl"))]
+        assert [log.end.status for log in logs] == ["finished"] * 2
+        for log, chosen in zip(logs, (first, last), strict=True):
+            expected = {f"{key}={value}" for key, value in chosen.items()}
+            assert expected | {"trainer.steps=3", "sink.wandb.mode=online"} == set(log.info.overrides)
+        assert server.bucket["sweep"] == "sweep1"
+        assert server.exit_code == 0
+        assert server.summary["eval/loss"] > 0
+        assert sum("grad/total_norm" in row for row in server.rows) == 6
 
 
 @pytest.mark.parametrize(

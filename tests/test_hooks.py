@@ -342,7 +342,7 @@ def test_a_compiled_model_says_once_what_is_not_seen_and_how_to_see_it(mlp, back
 
 def test_a_model_whose_layers_are_not_called_says_so(mlp):
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
-    with Monitor(mlp, optimizer, sinks=[]) as monitor:
+    with Monitor(mlp, optimizer, sinks=[], on_violation="record") as monitor:
         functional.linear(torch.randn(2, 4), mlp[0].weight, mlp[0].bias).sum().backward()
         with pytest.warns(UserWarning, match="the model's layers are not called as modules"):
             monitor.clip_and_step()

@@ -351,6 +351,9 @@ OPTIMIZERS = {
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
     "adamax": torch.optim.Adamax,
+    "adadelta": torch.optim.Adadelta,
+    "rprop": torch.optim.Rprop,
+    "asgd": torch.optim.ASGD,
 }
 VARIANTS = {"for loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
@@ -371,3 +374,20 @@ def test_every_variant_of_every_optimizer_is_silent_and_a_forgotten_zero_grad_is
                 loss_of(model).backward()
                 monitor.clip_and_step()
         assert [(one.rule, one.step) for one in monitor.violations] == ([] if lawful else [("missing_zero_grad", 1)])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon here")
+@pytest.mark.parametrize("lawful", [True, False])
+def test_muon_beside_adamw_is_silent_and_a_forgotten_zero_grad_is_not(lawful):
+    model = net()
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    optimizers = [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(others)]
+    with watching(model, optimizers) as monitor:
+        for _ in range(3):
+            loss_of(model).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                if lawful:
+                    optimizer.zero_grad()
+    assert [(one.rule, one.step) for one in monitor.violations] == ([] if lawful else [("missing_zero_grad", 1)] * 2)

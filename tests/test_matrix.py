@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from diagnostics import MemorySink, Monitor
-from diagnostics.cli import assemble, build
+from diagnostics.cli import Job, assemble, build, run
 from diagnostics.configs import CONF, ConfigurationError, resolve
 from diagnostics.trainers.loop import PRECISIONS, TrainerSettings, make_scaler, train
 
@@ -75,13 +75,52 @@ REFUSED = {
     ("seed_chain", "lstm"): "lstm takes sequences, images or tokens, and the task feeds vectors of 1",
     ("seed_chain", "gpt"): NO_TOKENS + "vectors of 1",
 }
+# What fits by itself and not together: it would break in the first step, or later.
+REFUSED_TOGETHER = {
+    "model=lstm model.fused=true trainer.precision=fp16": "trainer.precision must be fp32 or bf16 for a fused LSTM on "
+    "the CPU; got 'fp16'.",
+    "model.norm=batch trainer.batch_size=1": "trainer.batch_size must be at least 2 for batch normalisation, "
+    "2 per pass; got 1.",
+    "model.norm=batch trainer.micro_batches=4": "trainer.batch_size must be at least 8 for batch normalisation, "
+    "2 per pass; got 4.",
+    "trainer.micro_batches=3": "trainer.micro_batches must divide batch_size, 4; got 3.",
+    "trainer.mistake=clip_after_step trainer.precision=fp16": "trainer.precision must be fp32 or bf16 with "
+    "mistake=clip_after_step; got 'fp16'.",
+    "trainer.mistake=clip_after_step clip=none": "trainer.mistake=clip_after_step needs something to clip with; "
+    "add clip=norm.",
+    "task=pysource model=gpt model.width=10 model.heads=3": "model.width must be a multiple of heads, 3; got 10.",
+    "task=pysource model=gpt task.context=100000000": "task.context must be at least 1 byte and shorter than the "
+    "held-out text; got 100000000.",
+    "task=temporal_order model=lstm task.lag=1": "task.lag must be at least 4 steps; got 1.",
+    "task=adding model=lstm task.lag=1": "task.lag must be at least 3 steps; got 1.",
+    "optimizer=sgd optimizer.momentum=0 optimizer.nesterov=true": "optimizer: Nesterov momentum requires a momentum "
+    "and zero dampening.",
+    f"trainer.seed={2**64}": f"trainer.seed must be at most {2**64 - 1}; got {2**64}.",
+    "trainer.threads=100000": "trainer.threads must be at most 1024; got 100000.",
+}
+ALLOWED_TOGETHER = [
+    "model=lstm model.fused=true trainer.precision=bf16",
+    "model=gru model.fused=true trainer.precision=fp16",
+    "model=cnn model.norm=batch trainer.batch_size=1",
+    "model.norm=batch trainer.micro_batches=2",
+    "model.norm=layer trainer.batch_size=1",
+    "trainer.warmup_steps=100",
+    f"trainer.seed={2**64 - 1}",
+]
 PAIRS = [pair for pair in itertools.product(TASKS, MODELS) if pair not in REFUSED]
 RUNS = [
     (*pair, keys, precision)
     for pair, keys in [*((pair, ()) for pair in PAIRS), *VARIANTS.items()]
     for precision in PRECISIONS
-    # PyTorch's CPU kernels have no fused LSTM in fp16: "could not create a primitive descriptor".
+    # Refused, as PyTorch's CPU kernels have no fused LSTM in fp16: "could not create a primitive descriptor".
     if not (pair[1] == "lstm" and "model.fused=true" in keys and precision == "fp16")
+]
+# Every run without clipping and by norm, and by one of the other rules in turn.
+TURNS = itertools.cycle(sorted(set(CLIPS) - {"none", "norm"}))
+CHOICES = [
+    (*run, optimizer, clip)
+    for run, optimizer in itertools.product(RUNS, OPTIMIZERS)
+    for clip in ("none", "norm", next(TURNS))
 ]
 
 
@@ -118,7 +157,7 @@ def composed():
     def get(*overrides):
         if overrides not in known:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                config = compose("train", overrides=[*overrides, "trainer.device=cpu", "trainer.batch_size=4"])
+                config = compose("train", overrides=["trainer.device=cpu", "trainer.batch_size=4", *overrides])
             known[overrides] = resolve(config)
         return known[overrides]
 
@@ -144,14 +183,36 @@ def test_a_pair_that_makes_no_sense_is_refused_in_one_sentence_before_training(c
     assert str(refusal.value) == f"model: {REFUSED[pair]}{ADVICE}"
 
 
+@pytest.mark.parametrize("together", REFUSED_TOGETHER)
+def test_settings_that_break_together_are_refused_in_one_sentence_before_training(composed, together):
+    with pytest.raises(ConfigurationError) as refusal:
+        assemble(composed(*together.split()))
+    assert str(refusal.value) == REFUSED_TOGETHER[together]
+
+
+@pytest.mark.parametrize("together", ALLOWED_TOGETHER)
+def test_no_setting_is_refused_that_trains(composed, tmp_path, together):
+    settings = composed(*together.split(), "trainer.steps=2", "sink=[]")
+    assert math.isfinite(run(settings, Job("here", (), tmp_path, group=None, shared=tmp_path)))
+
+
+def test_compilation_without_a_compiler_is_refused_in_one_sentence(composed, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigurationError) as refusal:
+        assemble(composed("trainer.compile=true"))
+    said = "trainer.compile must be false where there is no C++ compiler, such as no-such-compiler; got true."
+    assert str(refusal.value) == said
+
+
 def name_of(run):
-    task, model, variant, precision = run
-    return " ".join([task, model, *variant, precision])
+    task, model, variant, *others = run
+    return " ".join([task, model, *variant, *others])
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("task", "model", "variant", "precision"), RUNS, ids=map(name_of, RUNS))
+@pytest.mark.parametrize(
+    ("task", "model", "variant", "precision", "optimizer", "clip"), CHOICES, ids=map(name_of, CHOICES)
+)
 def test_what_makes_sense_trains_lawfully(composed, tasks, task, model, variant, optimizer, clip, precision):
     settings = composed(f"task={task}", *TASKS[task], f"model={model}", *MODELS[model], *variant)
     choices = composed(f"optimizer={optimizer}", f"clip={clip}")
@@ -169,7 +230,8 @@ def test_what_makes_sense_trains_lawfully(composed, tasks, task, model, variant,
     assert list(monitor.violations) == []
     first, last = sink.records
     assert first.recorded
-    assert first.clip.rule == ("none" if rule is None else "norm")
+    assert first.clip.rule == {"zscore": "zscore_reciprocal"}.get(clip, clip)
+    assert len(first.clip.parts) == (clip == "group")
     assert all(layer.output is not None for layer in first.layers)
     if not last.skipped:
         assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

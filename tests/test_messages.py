@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics import (
+    ClipByGroup,
     ClipByNorm,
+    ClipByQuantile,
+    ClipByValue,
+    ClipByZScore,
     MemorySink,
     Monitor,
     NonFiniteGradientError,
@@ -23,13 +27,30 @@ from diagnostics import (
     WandbSink,
     clip_grad_norm_,
     clip_gradients,
+    preflight,
     watch,
 )
 from diagnostics.records import DiagnosticsWarning
 
 PACKAGE = Path(__file__).parent.parent / "diagnostics"
-PINNED_MODULES = ("options", "clipping", "diagnosis", "schedule", "monitor", "sinks/fanout", "sinks/wandb")
-ELSEWHERE = {"W&B could not start": "takes a server that refuses"}
+PINNED_MODULES = (
+    "options",
+    "clipping",
+    "clip_rules",
+    "clip_groups",
+    "thresholds",
+    "schedule",
+    "monitor",
+    "resuming",
+    "guarding",
+    "first_pass",
+    "sinks/fanout",
+    "sinks/wandb",
+)
+ELSEWHERE = {
+    "W&B could not start": "takes a server that refuses",
+    "The model is not healthy before training": "says what a diagnosis says; test_preflight.py reads it",
+}
 """Sentences of these modules that cannot be had here."""
 
 
@@ -90,6 +111,15 @@ def step_that_is_not_finite() -> None:
         watching.clip_and_step()
 
 
+watched_once = nn.Linear(2, 1, bias=False)
+
+
+def loss_that_runs_backward() -> Tensor:
+    loss = watched_once(torch.ones(1, 2)).sum()
+    loss.backward(retain_graph=True)
+    return loss
+
+
 Case = tuple[Callable[[], object], type[Exception], str]
 
 RULE = "must be a rule such as ClipByNorm(max_norm=1.0), or None; got"
@@ -116,9 +146,9 @@ CASES: dict[str, Case] = {
         "max_norm must be a positive number; got -1.0.",
     ),
     "clip_grad_norm_ norm_type": (
-        lambda: clip_grad_norm_([weight()], 1.0, "inf"),
+        lambda: clip_grad_norm_([weight()], 1.0, "two"),
         ValueError,
-        "norm_type must be a positive number; got 'inf'.",
+        "norm_type must be a positive number; got 'two'.",
     ),
     "clip_grad_norm_ model": (lambda: clip_grad_norm_(model(), 1.0), TypeError, TENSORS.format("Linear")),
     "clip_grad_norm_ modules": (
@@ -151,12 +181,112 @@ CASES: dict[str, Case] = {
             "pass error_if_nonfinite=False to leave them as they are."
         ),
     ),
+    # the other rules
+    "clip_value": (lambda: ClipByValue(0), ValueError, "clip_value must be a positive number; got 0."),
+    "quantile in percent": (
+        lambda: ClipByQuantile(10),
+        ValueError,
+        "quantile must be at most 1, as 0.1 for the tenth percentile; got 10.0.",
+    ),
+    "window": (
+        lambda: ClipByQuantile(0.5, window=0),
+        ValueError,
+        "window must be a number of steps, at least 1; got 0.",
+    ),
+    "warmup": (
+        lambda: ClipByZScore(warmup=1),
+        ValueError,
+        "warmup must be a number of steps, at least 2; got 1.",
+    ),
+    "warmup beyond the window": (
+        lambda: ClipByQuantile(0.5, window=10),
+        ValueError,
+        "warmup must be at most the window, 10 steps; got 25.",
+    ),
+    "alpha": (lambda: ClipByZScore(alpha=1), ValueError, "alpha must be below 1; got 1.0."),
+    "z": (lambda: ClipByZScore(z=-1), ValueError, "z must be a positive number; got -1."),
+    "target": (
+        lambda: ClipByZScore(target="median"),
+        ValueError,
+        "target must be one of reciprocal, threshold, mean; got 'median'.",
+    ),
+    "by": (
+        lambda: ClipByGroup(None, by="layer"),
+        ValueError,
+        "by must be one of group, optimizer, name; got 'layer'.",
+    ),
+    "a group's rule": (lambda: ClipByGroup(1.0), TypeError, f"rule {RULE} 1.0."),
+    "a named group's rule": (
+        lambda: ClipByGroup(None, rules={"0": 1.0}),
+        TypeError,
+        f"rules['0'] {RULE} 1.0.",
+    ),
+    "groups in groups": (
+        lambda: ClipByGroup(ClipByGroup(None)),
+        TypeError,
+        "rule must clip a group as a whole; got a ClipByGroup inside a ClipByGroup.",
+    ),
+    "no patterns": (
+        lambda: ClipByGroup(None, by="name"),
+        ValueError,
+        "rules must hold patterns of names with by='name'; got none.",
+    ),
+    "a bad pattern": (
+        lambda: ClipByGroup(None, by="name", rules={"(": None}),
+        ValueError,
+        "rules must be by regular expressions; got '(' (missing ), unterminated subpattern at position 0).",
+    ),
+    "names that are not given": (
+        lambda: clip_gradients([weight()], ClipByGroup(None, by="name", rules={"a": None})),
+        ValueError,
+        "parameters must have names for a rule by name; got tensors: pass model.named_parameters().",
+    ),
+    "optimizers that are not given": (
+        lambda: clip_gradients([weight()], ClipByGroup(None, by="optimizer")),
+        ValueError,
+        "rule must not clip by optimizer in clip_gradients, which knows none; got one: pass it to a Monitor.",
+    ),
+    "an optimizer that is not there": (
+        lambda: monitor(clip={"critic": ClipByNorm(1.0)}),
+        ValueError,
+        "clip must name optimizers that the Monitor was given, or give them: optimizer; got 'critic'.",
+    ),
+    "an optimizer's rule": (lambda: monitor(clip={"optimizer": 1.0}), TypeError, f"clip['optimizer'] {RULE} 1.0."),
+    "a state of another version": (
+        lambda: monitor().load_state_dict({}),
+        ValueError,
+        "state must be what Monitor.state_dict() returned; got version None.",
+    ),
+    "a state of another rule": (
+        lambda: monitor().load_state_dict(monitor(clip=ClipByNorm(1.0)).state_dict()),
+        ValueError,
+        (
+            "state must be of a Monitor with the same optimizers and clip rules, {'optimizer': 'none'}; "
+            "got {'optimizer': 'norm'}."
+        ),
+    ),
     # thresholds
     "order of thresholds": (lambda: Thresholds(notice_decades=9), ValueError, f"{DECADES} 9, 2.5, 5.0."),
     "negative threshold": (lambda: Thresholds(notice_decades=-1), ValueError, f"{DECADES} -1, 2.5, 5.0."),
     "nan threshold": (lambda: Thresholds(severe_decades=math.nan), ValueError, f"{DECADES} 1.5, 2.5, nan."),
     "confirm": (lambda: Thresholds(confirm=0), ValueError, "confirm must be at least 1 recorded step; got 0."),
     "clear": (lambda: Thresholds(clear=-2), ValueError, "clear must be at least 1 recorded step; got -2."),
+    "a share": (
+        lambda: Thresholds(dead_units=1.5),
+        ValueError,
+        "dead_units must be a share above 0 and at most 1; got 1.5.",
+    ),
+    "a positive threshold": (
+        lambda: Thresholds(spike_decades=math.nan),
+        ValueError,
+        "spike_decades must be a positive number; got nan.",
+    ),
+    "hysteresis": (
+        lambda: Thresholds(hysteresis=1.0),
+        ValueError,
+        "hysteresis must be at least 0 and below 1; got 1.0.",
+    ),
+    "history": (lambda: Thresholds(history=3), ValueError, "history must be at least 10 steps; got 3."),
     # a Monitor's options
     "clip": (lambda: monitor(clip=1.0), TypeError, f"clip {RULE} 1.0."),
     "accumulate": (
@@ -299,6 +429,50 @@ CASES: dict[str, Case] = {
             "layer, or pass nonfinite='skip'."
         ),
     ),
+    # preflight
+    "a loss that is no function": (
+        lambda: preflight(model(), torch.ones(())),
+        TypeError,
+        "loss must be a function that runs the forward pass and returns the loss; got a Tensor.",
+    ),
+    "a loss that returns nothing": (
+        lambda: preflight(model(), lambda: None),
+        TypeError,
+        "loss must return a tensor of one element; got None.",
+    ),
+    "a loss by example": (
+        lambda: preflight(watched_once, lambda: watched_once(torch.ones(4, 2))),
+        ValueError,
+        "loss must return a tensor of one element; got one of shape (4, 1).",
+    ),
+    "a loss without grad": (
+        lambda: preflight(watched_once, lambda: watched_once(torch.ones(4, 2)).sum().detach()),
+        ValueError,
+        "loss must return a tensor that requires grad; got one without: look for detach or no_grad.",
+    ),
+    "a loss of another model": (
+        lambda: preflight(model(), lambda: watched_once(torch.ones(4, 2)).sum()),
+        ValueError,
+        (
+            "loss must depend on a trainable parameter of the model; got one that reaches none: call the model that "
+            "preflight was given."
+        ),
+    ),
+    "a loss that runs backward": (
+        lambda: preflight(watched_once, loss_that_runs_backward),
+        ValueError,
+        "loss must leave the backward pass to preflight; got one that has run it.",
+    ),
+    "a lazy model": (
+        lambda: preflight(nn.LazyLinear(2), lambda: torch.ones(())),
+        ValueError,
+        "model must have parameters of known shape; got a lazy one: pass it one batch before.",
+    ),
+    "a frozen model": (
+        lambda: preflight(model().requires_grad_(False), lambda: torch.ones(())),
+        ValueError,
+        "model must have a trainable parameter; got none.",
+    ),
     "the Monitor's clip": (
         lambda: monitor().clip_grad_norm_([weight()], 0.0),
         ValueError,
@@ -366,6 +540,9 @@ def test_warnings_have_a_category_of_their_own() -> None:
     watched = model()
     optimizer = sgd(watched)
     watching = Monitor(watched, optimizer, sinks=[])
-    with pytest.warns(DiagnosticsWarning, match=r"^step_without_grads: Step 0 had nothing to spend: .+\. Call .+\.$"):
+    with pytest.warns(
+        DiagnosticsWarning,
+        match=r"^step_without_grads: Step 0 had nothing to spend: .+\. Call .+\. More: diagnostics-explain \w+\.$",
+    ):
         watching.clip_and_step()
     watching.close()

@@ -94,6 +94,35 @@ def test_without_git_a_run_is_described_all_the_same(monkeypatch, tmp_path):
     assert provenance.git_state(ROOT) == {}
 
 
+def test_the_command_of_a_sweep_s_job_repeats_that_job_alone(start, monkeypatch, tmp_path):
+    sweep = start("experiment=depth_sweep", "trainer.steps=2", "sink=[runlog]")
+    first = read_run(sweep[-1])
+    elsewhere = tmp_path / "again"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    start(*shlex.split(first.info.command)[2:])
+    (again,) = elsewhere.rglob("run.jsonl")
+    again = read_run(again)
+    assert again.info.config == first.info.config
+    assert [record.loss for record in again.records] == [record.loss for record in first.records]
+
+
+def test_a_package_in_an_environment_inside_a_checkout_has_no_commit(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    package, code = tmp_path / ".venv" / "site-packages" / "diagnostics", tmp_path / "code"
+    for folder in (package, code):
+        folder.mkdir(parents=True)
+        (folder / "file.py").touch()
+    git("init", "--quiet")
+    git("add", "code")
+    git("commit", "--quiet", "-m", "first")
+    assert provenance.git_state(package) == {}
+    assert provenance.git_state(code)["dirty"] is False
+
+
 def test_two_runs_that_start_in_one_second_have_folders_of_their_own(start):
     start(*SMALL, "sink=[runlog]")
     assert len({log.parent for log in start(*SMALL, "sink=[runlog]")}) == 2

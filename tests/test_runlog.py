@@ -53,7 +53,7 @@ layer_records = st.builds(
 )
 clips = st.builds(
     ClipRecord, names, numbers, maybe, numbers, maybe, st.booleans(), numbers, maybe, tuples_of(numbers),
-    tuples_of(st.just(CLIP)), maybe,
+    tuples_of(st.just(CLIP)), maybe, tuples_of(numbers), names,
 )  # fmt: skip
 remedies = st.builds(Remedy, names, st.none() | names)
 violations = st.builds(Violation, names, st.integers(0), tuples_of(names), names, names, st.integers(1))
@@ -106,7 +106,7 @@ def test_everything_that_was_written_comes_back_equal(
 def test_the_strategies_above_fill_every_field_of_every_record() -> None:
     """A field that is added to a record must be added here, or the round trip is not tested for it."""
     given_fields = {
-        GradientStats: 8, Layer: 6, LayerRecord: 8, ClipRecord: 11, Remedy: 2, Violation: 6, Diagnosis: 9, DepthFit: 5,
+        GradientStats: 8, Layer: 6, LayerRecord: 8, ClipRecord: 13, Remedy: 2, Violation: 6, Diagnosis: 9, DepthFit: 5,
         StepRecord: 14, RunInfo: 10, RunEnd: 6, Verdict: 3,
     }  # fmt: skip
     assert {cls: len(fields(cls)) for cls in given_fields} == given_fields

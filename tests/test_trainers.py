@@ -17,7 +17,7 @@ from diagnostics.trainers.loop import OBJECTIVES, TrainerSettings, choose_device
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress, write_line
 from diagnostics.trainers.provenance import describe_run, git_state
-from diagnostics.trainers.tasks import Digits
+from diagnostics.trainers.tasks import Digits, _load_digits
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_more_examples_than_there_are_cannot_make_a_batch(digits):
 
 def test_a_missing_scikit_learn_is_said_with_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    _load_digits.cache_clear()  # another test has read them
     with pytest.raises(ModuleNotFoundError, match=r"pip install .training-diagnostics\[data\]"):
         Digits()
 
@@ -118,6 +119,14 @@ def test_each_init_draws_weights_of_its_textbook_size(init, activation, deviatio
 def test_the_last_layer_has_no_activation_and_so_no_gain():
     torch.manual_seed(0)
     head = MLP(64, 100, depth=1, width=256, init="kaiming", activation="relu").head
+    assert head.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
+def test_a_gain_of_ones_own_takes_the_place_of_the_activation_s_in_all_layers_but_the_last(init):
+    torch.manual_seed(0)
+    _, hidden, head = linears(MLP(256, 256, depth=2, width=256, init=init, activation="tanh", gain=3.0))
+    assert hidden.weight.std().item() == pytest.approx(3 / 16, rel=0.02)
     assert head.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
 
 
@@ -173,6 +182,8 @@ def test_batch_normalisation_is_there_when_asked_for():
         ({"activation": "swish"}, "activation must be one of relu, tanh, sigmoid, gelu, identity; got 'swish'."),
         ({"init": "he"}, "init must be one of default, kaiming, xavier, orthogonal; got 'he'."),
         ({"norm": "group"}, "norm must be one of none, layer, batch; got 'group'."),
+        ({"init": "kaiming", "gain": 0.0}, "gain must be a positive number; got 0.0."),
+        ({"init": "xavier", "gain": 2.0}, "gain needs init=kaiming or orthogonal; got init=xavier."),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_in_one_sentence(options, said):

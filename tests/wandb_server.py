@@ -1,9 +1,13 @@
-"""A W&B server that fits in a file: it answers on loopback as far as one run needs and remembers what it was sent."""
+"""A W&B server that fits in a file: it answers on loopback as far as runs, a sweep and its agent need.
+
+It remembers what it was sent.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +25,7 @@ BUCKET = {
 
 
 class Received:
-    """What the server was sent: rows of history, summary, config, files, exit code, names of the queries."""
+    """What the server was sent: rows of history, summary, config, files, exit code, a sweep; what it hands an agent."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -31,6 +35,9 @@ class Received:
         self.exit_code: int | None = None
         self.bucket: dict[str, Any] = {}
         self.url = ""
+        self.sweep = ""
+        self.arguments: list[dict[str, Any]] = []
+        """The parameters of the runs that an agent is still to be given, one run at a time."""
 
     def query(self, text: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Answers a GraphQL query."""
@@ -42,7 +49,29 @@ class Received:
         if "createRunFiles" in text:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+        if "upsertSweep" in text:
+            self.sweep = variables["config"]
+            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": BUCKET["project"]}}}
+        if "sweep(sweepName" in text:
+            return {"project": {"sweep": {"name": "sweep1", "config": self.sweep, "runs": {"edges": []}}}}
+        if "createAgent" in text:
+            return {"createAgent": {"agent": {"id": "agent1"}}}
+        if "agentHeartbeat" in text:
+            commands = json.dumps(self._commands(json.loads(variables["runState"])))
+            return {"agentHeartbeat": {"agent": {"id": "agent1"}, "commands": commands}}
         return {"viewer": VIEWER} if "viewer" in text.lower() else {}
+
+    def _commands(self, running: dict[str, bool]) -> list[dict[str, Any]]:
+        """What an agent is to do next: nothing while a run is under way, then another run, in the end nothing more."""
+        if running:
+            return []
+        if not self.arguments:
+            return [{"type": "exit"}]
+        values = self.arguments.pop(0)
+        program = re.search(r"(?m)^program: (.*)$", self.sweep)
+        assert program is not None
+        arguments = {key: {"value": value} for key, value in values.items()}
+        return [{"type": "run", "run_id": f"run{len(self.arguments)}", "program": program[1], "args": arguments}]
 
     def stream(self, content: dict[str, Any]) -> None:
         """Takes a message of the file stream."""

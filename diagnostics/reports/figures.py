@@ -183,9 +183,9 @@ def _extremes(
     """One column per group: not finite wins over zero, zero over the value furthest from the median of its row."""
     import numpy as np
 
-    measured = np.ma.masked_invalid(values)
-    middle = np.ma.median(measured, axis=1)  # type: ignore[no-untyped-call]
-    distance = np.ma.filled(abs(measured - middle[:, None]), 0.0)
+    finite = [row[np.isfinite(row)] for row in values]
+    middle = np.array([np.median(row) if len(row) else 0.0 for row in finite])
+    distance = np.nan_to_num(abs(values - middle[:, None]))
     rank = kinds * 1e6 + distance
     chosen = np.stack([group[rank[:, group].argmax(axis=1)] for group in groups], axis=1)
     return np.take_along_axis(values, chosen, axis=1), np.take_along_axis(kinds, chosen, axis=1)
@@ -223,7 +223,7 @@ def _colours(axes: Axes, grid: _Grid) -> NDArray[np.float64]:
     bar = axes.figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, pad=0.02)
     bar.set_label("log10 rms (loss per output)", color=INK, fontsize="small")
     bar.ax.tick_params(colors=INK, labelsize="small")
-    bar.outline.set_visible(False)
+    bar.outline.set_visible(False)  # type: ignore[operator]
     colours: NDArray[np.float64] = colormaps["viridis"](scale(np.nan_to_num(grid.values)))
     for kind, colour in ((MISSING, "none"), (IS_ZERO, BLACK), (NOT_FINITE, ALARM)):
         colours[grid.kinds == kind] = to_rgba(colour)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diagnostics.records import SEVERITY_NAMES
 from diagnostics.reports.page import PAGE, write_page
+from diagnostics.reports.stopping import tell_stopping
 from diagnostics.reports.view import judge, number
 from diagnostics.runlog import FILE_NAME, Run, read_run
 
@@ -29,7 +30,7 @@ class Summary:
         clipped: Share of the steps whose gradients were clipped; None without a step.
         violations: Rules of the loop that were broken.
         loss: Of the last step.
-        status: ``finished``, ``failed``, ``interrupted``, or ``no end``.
+        status: ``finished``, ``stopped``, ``failed``, ``interrupted``, or ``no end``.
     """
 
     path: Path
@@ -166,7 +167,7 @@ def report(places: Iterable[str | Path], width: int | None = None) -> Iterator[s
         width: Columns of the terminal; None for as many as there need to be.
 
     Yields:
-        The table, then lines about pages and about logs that cannot be read.
+        The table, then lines about runs that were stopped, pages, and logs that cannot be read.
 
     Raises:
         FileNotFoundError: A place does not exist, or there is no run log.
@@ -186,18 +187,21 @@ def report(places: Iterable[str | Path], width: int | None = None) -> Iterator[s
     rows: list[Summary] = []
     troubles: list[str] = []
     pages: dict[Path, str] = {}
+    runs: list[Run] = []
     for log in find_logs(places):
         try:
             run = read_run(log)
         except (OSError, ValueError) as error:
             troubles.append(str(error))
             continue
+        runs.append(run)
         rows.append(summarize(run))
         pages[log] = _page(run)
     rows = by_health(rows)
     if rows:
         yield table(rows, width)
         yield ""
+        yield from tell_stopping(runs)
         yield from dict.fromkeys(pages[row.path] for row in rows)
     yield from troubles
 

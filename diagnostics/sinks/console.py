@@ -77,7 +77,7 @@ class ConsoleSink:
             self._write(text.translate(_ASCII).encode("ascii", "replace").decode())
 
     def _report(self, end: RunEnd) -> list[str]:
-        width = self._width or min(max(shutil.get_terminal_size().columns, 70), 120)
+        width = self._width or console_width()
         lines: list[str] = []
         for name, account in self._optimizers.items():
             lines += [] if name == SOLE_OPTIMIZER else [_clean(f"optimizer {name}")]
@@ -85,13 +85,12 @@ class ConsoleSink:
         lines.append(f"violations: {len(self._violations) or 'none'}")
         for one in self._violations.values():
             often = f" ({one.count} times)" if one.count > 1 else ""
-            lines += _paragraph(f"{one.rule}{often}: {one.message}", width, "  ")
-            lines += _paragraph(f"try: {one.remedy}", width, "    ")
+            lines += paragraph(f"{one.rule}{often}: {one.message}", width, "  ")
+            lines += paragraph(f"try: {one.remedy}", width, "    ")
+            lines.append(f"    more: diagnostics-explain {_clean(one.rule)}")
         if end.status != "finished":
-            lines += _paragraph(
-                f"{end.status} after {end.steps} steps" + (f": {end.error}" if end.error else ""), width
-            )
-        return [*lines, *_paragraph(f"verdict: {end.verdict}", width)]
+            lines += paragraph(f"{end.status} after {end.steps} steps" + (f": {end.error}" if end.error else ""), width)
+        return [*lines, *paragraph(f"verdict: {end.verdict}", width)]
 
 
 @dataclass
@@ -138,13 +137,11 @@ class _Account:
                 del self.standing[one.condition, one.step]
 
     def report(self, width: int) -> list[str]:
-        lines = [*_depth_table(self.last, width), self._clipping()] if self.last else []
+        lines = [*depth_table(self.last, width), self._clipping()] if self.last else []
         if self.skipped:
             lines.append(f"skipped {self.skipped} of {self.steps} steps, whose gradients were not finite")
         for one in self.standing.values():
-            lines += _paragraph(f"{one}" if one.confirmed else f"{one} (unconfirmed)", width)
-            for remedy in one.remedies:
-                lines += _paragraph(f"try: {remedy}", width, "    ")
+            lines += diagnosis_lines(one, width)
         return lines
 
     def _clipping(self) -> str:
@@ -159,7 +156,21 @@ class _Account:
         return f"clipped {self.coefficients.seen} of {self.steps} steps, {told}, {rule}"
 
 
-def _depth_table(record: StepRecord, width: int) -> list[str]:
+def console_width() -> int:
+    """Columns to fill: the terminal's, but 70 to 120."""
+    return min(max(shutil.get_terminal_size().columns, 70), 120)
+
+
+def diagnosis_lines(one: Diagnosis, width: int) -> list[str]:
+    """A diagnosis and what to try."""
+    lines = paragraph(f"{one}" if one.confirmed else f"{one} (unconfirmed)", width)
+    for remedy in one.remedies:
+        lines += paragraph(f"try: {remedy}", width, "    ")
+    return [*lines, f"    more: diagnostics-explain {one.condition}"]
+
+
+def depth_table(record: StepRecord, width: int, title: str | None = None) -> list[str]:
+    """The layers of a step by depth, and its output gradients as one line of blocks; the title says which step."""
     layers = record.layers
     if not layers:
         return []
@@ -167,7 +178,7 @@ def _depth_table(record: StepRecord, width: int) -> list[str]:
     kind_width = min(max(len(one.layer.kind) for one in layers), 14, width - 57)
     name_width = min(max(5, *(len(one.layer.name) for one in layers)), max(width - 49 - kind_width, 8))
     lines = [
-        f"step {record.step}" + (", the last recorded one:" if record.recorded else ":"),
+        title or f"step {record.step}" + (", the last recorded one:" if record.recorded else ":"),
         " " * (name_width + kind_width + 9) + "    output     weight    update    share",
         f"depth  {'layer':{name_width}}  {'kind':{kind_width}}  grad rms  grad norm   /weight  of norm",
     ]
@@ -230,7 +241,8 @@ def _fit(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[1 - width :]
 
 
-def _paragraph(text: str, width: int, indent: str = "") -> list[str]:
+def paragraph(text: str, width: int, indent: str = "") -> list[str]:
+    """A text of other people's words in lines of a width."""
     return textwrap.wrap(_clean(text), width, initial_indent=indent, subsequent_indent=indent + "  ")
 
 

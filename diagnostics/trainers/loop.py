@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -10,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.clipping import ClipByNorm
+from diagnostics.clip_rules import ClipByNorm, ClipRule
+from diagnostics.ledger import is_alarm
 from diagnostics.monitor import Monitor
+from diagnostics.records import SEVERITY_NAMES
+from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress
 from diagnostics.trainers.schedules import SCHEDULES, make_schedule
 from diagnostics.trainers.tasks import Batch, Task
@@ -25,9 +31,14 @@ LEAST = {
     "batch_size": 1,
     "micro_batches": 1,
     "evaluate_every": 1,
+    "patience": 1,
     "warmup_steps": 0,
     "threads": 1,
     "seed": 0,
+}
+MOST = {
+    "threads": 1024,  # many more end the process without a word
+    "seed": 2**64 - 1,  # what torch's generators take
 }
 OPTIONS: Mapping[str, Collection[str]] = {
     "precision": PRECISIONS,
@@ -47,6 +58,7 @@ class TrainerSettings:
         micro_batches: Backward passes per step; each takes an equal part of the step's examples.
         evaluate_every: Steps between evaluations on the held-out examples; the first is before step 0, and the last
             step has one whatever this says.
+        patience: Steps for which a diagnosis at warning or above may stand before a run that stops when sick does.
         precision: ``fp32``; ``bf16`` or ``fp16`` under ``torch.autocast``, weights stay fp32. ``fp16`` needs a
             GradScaler, see :func:`make_scaler`.
         schedule: How the learning rate falls after the warm-up: ``constant`` (it does not), ``linear`` or ``cosine``.
@@ -72,6 +84,7 @@ class TrainerSettings:
     batch_size: int = 64
     micro_batches: int = 1
     evaluate_every: int = 50
+    patience: int = 300
     precision: str = "fp32"
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -86,6 +99,9 @@ class TrainerSettings:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}; got {getattr(self, name)}.")
         for name, options in OPTIONS.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
@@ -114,7 +130,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).tolist()  # a device that holds no values, such as meta, cannot train
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ValueError(f"device must be auto, cpu or one that this machine has; got {name!r} ({reason}).") from error
     return device
 
@@ -129,6 +145,34 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     return torch.amp.GradScaler(device.type) if precision == "fp16" else None
 
 
+def check_together(model: nn.Module, settings: TrainerSettings, device: torch.device) -> None:
+    """Refuses a model that would break in its first step with these settings.
+
+    Args:
+        model: The model.
+        settings: How it is to be trained.
+        device: Where.
+
+    Raises:
+        ValueError: One sentence, which begins with the setting to change.
+
+    Example:
+        >>> check_together(nn.LSTM(2, 2), TrainerSettings(precision="fp16"), torch.device("cpu"))
+        Traceback (most recent call last):
+        ValueError: precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.
+    """
+    on_cpu, kinds = device.type == "cpu", {type(module) for module in model.modules()}
+    if on_cpu and settings.precision == "fp16" and nn.LSTM in kinds:
+        raise ValueError("precision must be fp32 or bf16 for a fused LSTM on the CPU; got 'fp16'.")
+    size, parts = settings.batch_size, settings.micro_batches
+    # Not a CNN's: there the places of one image are enough.
+    if size == parts and isinstance(model, MLP) and nn.BatchNorm1d in kinds:
+        raise ValueError(f"batch_size must be at least {2 * parts} for batch normalisation, 2 per pass; got {size}.")
+    compiler = (os.environ.get("CXX") or "g++").split()[0]
+    if settings.compile and on_cpu and sys.platform == "linux" and shutil.which(compiler) is None:
+        raise ValueError(f"compile must be false where there is no C++ compiler, such as {compiler}; got true.")
+
+
 def train(
     model: nn.Module,
     task: Task,
@@ -136,12 +180,14 @@ def train(
     monitor: Monitor,
     settings: TrainerSettings,
     *,
-    clip: ClipByNorm | None = None,
+    clip: ClipRule | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    stop_when_sick: bool = False,
 ) -> dict[str, float]:
     """Trains ``model`` on ``task`` for ``settings.steps`` steps.
 
-    A step that the Monitor skips, as fp16 does until the loss scale fits, does not advance the schedule.
+    A step that the Monitor skips, as fp16 does until the loss scale fits, does not advance the schedule. A run that is
+    stopped early closes its Monitor as ``stopped``, with the reason.
 
     Args:
         model: Maps a batch's inputs to outputs; already on its device.
@@ -149,8 +195,9 @@ def train(
         optimizer: Holds the model's parameters.
         monitor: Watches them; it clips as it was told when it was made, with the same micro-batches and scaler.
         settings: Everything else.
-        clip: The rule that ``mistake="clip_after_step"`` applies too late.
+        clip: The rule that ``mistake="clip_after_step"`` applies too late, if it clips by norm.
         scaler: What :func:`make_scaler` gave.
+        stop_when_sick: Whether to end the run early once a diagnosis has stood for ``settings.patience`` steps.
 
     Returns:
         ``eval/loss`` and ``eval/accuracy`` of the final weights.
@@ -167,7 +214,7 @@ def train(
             if settings.mistake != "missing_zero_grad":
                 optimizer.zero_grad()
             loss = _backward(forward, task, next(batches), settings, device=device, scaler=scaler)
-            if settings.mistake == "clip_after_step" and clip is not None:
+            if settings.mistake == "clip_after_step" and isinstance(clip, ClipByNorm):
                 optimizer.step()
                 monitor.clip_grad_norm_(model.parameters(), clip.max_norm, clip.norm_type)
                 schedule.step()
@@ -177,7 +224,21 @@ def train(
             if not record.skipped:  # torch warns of a schedule that is ahead of its optimizer
                 schedule.step()
             progress.advance(record.loss)
+            if stop_when_sick and (reason := incurable(monitor, settings.patience)):
+                monitor.close("stopped", reason)
+                break
     return evaluate(model, task, settings.precision)
+
+
+def incurable(monitor: Monitor, patience: int) -> str | None:
+    """Why a run need not go on: the diagnosis at warning or above that has stood for so many steps; None if it may."""
+    last = monitor.records[-1]
+    if not last.recorded:
+        return None
+    for one in monitor.diagnoses:
+        if is_alarm(one) and last.step - one.step >= patience:
+            return f"{one.condition} ({SEVERITY_NAMES[one.severity]}) has stood since step {one.step}"
+    return None
 
 
 def _backward(

@@ -10,6 +10,7 @@ sentence, and takes everything else by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -55,6 +56,7 @@ INITS: Mapping[str, Callable[[Tensor, float], None]] = {
     "xavier": _xavier,
     "orthogonal": _orthogonal,
 }
+WITH_GAIN = ("kaiming", "orthogonal")  # those whose weights are multiplied by a gain
 
 Option = TypeVar("Option")
 
@@ -95,6 +97,8 @@ class MLP(nn.Module):
             (Glorot and Bengio 2010), without a gain; ``orthogonal`` has orthonormal rows or columns times the gain
             (Saxe et al. 2014). The gain is ``torch.nn.init.calculate_gain``'s for the activation (ReLU's for GELU), 1
             for the last layer. All but ``default`` set biases to zero.
+        gain: In place of the activation's, with ``kaiming`` or ``orthogonal``. With ``kaiming`` it is the sigma_w of
+            mean-field theory: tanh is ordered below 1 and chaotic above it (Poole et al. 2016).
         norm: Between Linear and activation: ``none``, ``layer`` or ``batch``.
         residual: Whether each hidden layer but the first, which changes the width, adds its input to its result.
 
@@ -119,6 +123,7 @@ class MLP(nn.Module):
         width: int = 128,
         activation: str = "relu",
         init: str = "default",
+        gain: float | None = None,
         norm: str = "none",
         residual: bool = False,
     ) -> None:
@@ -132,7 +137,7 @@ class MLP(nn.Module):
             )
         )
         self.head = nn.Linear(width, outputs)
-        initialise(self, self.head, init, activation)
+        initialise(self, self.head, init, activation, gain)
 
     def forward(self, examples: Tensor) -> Tensor:
         """Maps ``(batch, ...)`` with ``inputs`` numbers per example to ``(batch, outputs)``."""
@@ -153,8 +158,11 @@ def at_least_one(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1; got {size}.")
 
 
-def initialise(model: nn.Module, head: nn.Linear, init: str, activation: str) -> None:
-    """Draws the weights of all Linear and Conv2d layers; ``init`` as :class:`MLP` documents it.
+def initialise(model: nn.Module, head: nn.Linear, init: str, activation: str, gain: float | None = None) -> None:
+    """Draws the weights of all Linear and Conv2d layers; ``init`` and ``gain`` as :class:`MLP` documents them.
+
+    Raises:
+        ValueError: An option that does not exist, or a gain that is not positive or that the init does not use.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
@@ -163,9 +171,14 @@ def initialise(model: nn.Module, head: nn.Linear, init: str, activation: str) ->
         False
     """
     draw = option(INITS, init, "init")
+    if gain is not None and not 0 < gain < math.inf:
+        raise ValueError(f"gain must be a positive number; got {gain}.")
+    if gain is not None and init not in WITH_GAIN:
+        raise ValueError(f"gain needs init={' or '.join(WITH_GAIN)}; got init={init}.")
+    hidden_gain = GAINS[activation] if gain is None else gain
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            draw(module.weight, 1.0 if module is head else GAINS[activation])
+            draw(module.weight, 1.0 if module is head else hidden_gain)
             if init != "default" and module.bias is not None:
                 nn.init.zeros_(module.bias)
 

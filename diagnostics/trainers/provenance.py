@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,8 +24,19 @@ def describe_run(
     config: Mapping[str, Any],
     seed: int,
     device: str,
+    code: Sequence[Path] = (Path(__file__).parent,),
 ) -> RunInfo:
     """The run's RunInfo: what the caller says, and the time, the versions and the commit.
+
+    Args:
+        name: As :class:`RunInfo` has it; likewise the others but the last.
+        directory: Folder of the run.
+        command: The command line.
+        overrides: Hydra's.
+        config: The resolved configuration.
+        seed: The random seed.
+        device: Of the parameters.
+        code: Folders of which the first that git tracks says the commit.
 
     Example:
         >>> info = describe_run(name="mlp", directory=Path("outputs"), command="python scripts/train.py", overrides=(),
@@ -42,23 +53,27 @@ def describe_run(
         seed=seed,
         device=device,
         versions=_versions(),
-        git=git_state(Path(__file__).parent),
+        git=next(filter(None, map(git_state, code)), {}),
         directory=str(directory),
     )
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit that ``folder`` is at and whether tracked files have changed since; empty without git or a commit.
+    """Commit that ``folder`` is at and whether tracked files have changed since.
+
+    Empty without git or a commit, and where git tracks no file of the folder: an environment inside a checkout holds
+    packages of which the checkout's commit says nothing.
 
     Example:
         >>> git_state(Path("/"))
         {}
     """
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+        commit = _git(folder, "rev-parse", "HEAD") if _git(folder, "ls-files") else ""
+        changed = commit and _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return {}
+    return {"commit": commit, "dirty": bool(changed)} if commit else {}
 
 
 def _git(folder: Path, *arguments: str) -> str:

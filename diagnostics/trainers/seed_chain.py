@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagnostics.clipping import ClipByNorm, clip_gradients
-from diagnostics.diagnosis import Thresholds
 from diagnostics.monitor import Monitor
 from diagnostics.records import ClipRecord, Diagnosis, Violation
+from diagnostics.thresholds import Thresholds
 from diagnostics.trainers.tasks import Batch, Inputs
 
 Write: TypeAlias = Callable[[str], object]
@@ -323,7 +323,7 @@ def _unlawful_loops(write: Write) -> None:
         ("clipping after the step", train_clipping_too_late()),
     ):
         for violation in violations:
-            _say(write, f"{mistake}: {violation}")
+            _say(write, f"{mistake}: {violation}".replace("×", "x"))
 
 
 def _verdicts(write: Write) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, TypeAlias
 
 import torch
@@ -178,7 +179,9 @@ def _epochs(images: Tensor, labels: Tensor, batch_size: int, generator: torch.Ge
             yield images[chosen], labels[chosen]
 
 
+@cache
 def _load_digits() -> Batch:
+    """Read once per process, which takes half a second; nobody writes to what it returns."""
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415 - only this task needs it
     except ModuleNotFoundError as error:

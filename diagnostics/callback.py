@@ -1,0 +1,46 @@
+"""What torch is given to call: a function of ours that can fail, be copied and be traced without harm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Listener(Protocol):
+    """Who notes what a hook sees."""
+
+    listening: bool
+
+    def failed(self, error: Exception) -> None:
+        """Hears of an exception in one of its notes."""
+
+
+class Hook:
+    """A callable for torch to hold. A copy of a model (``deepcopy``, ``pickle``) carries a hook that does nothing."""
+
+    __slots__ = ("key", "note", "watcher")
+
+    def __init__(self, watcher: Listener | None = None, note: Callable[..., None] | None = None, key: Any = 0) -> None:
+        self.watcher = watcher
+        self.note = note
+        self.key = key
+
+    def __call__(self, *args: Any) -> None:
+        """Notes what torch hands over, if anybody listens."""
+        if torch.compiler.is_compiling():  # traced, it would break the graph at every layer
+            return
+        watcher, note = self.watcher, self.note
+        if watcher is None or note is None or not watcher.listening:
+            return
+        try:
+            note(self.key, *args)
+        except Exception as error:  # noqa: BLE001 -- an exception here would end the user's backward, or hang other ranks
+            watcher.failed(error)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return (Hook, ())
