@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,11 +28,11 @@ class SkippedStep:
     """A step that the loop asked of its GradScaler, which left it out without the optimizer's hooks hearing of it.
 
     Attributes:
-        optimizer: Whose step.
+        place: Which of the optimizers.
         scale: The loss scale that was too large.
     """
 
-    optimizer: torch.optim.Optimizer
+    place: int
     scale: Tensor
 
 
@@ -48,7 +49,8 @@ class ScalerWatch:
 
     def __init__(self, scaler: torch.amp.GradScaler, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._scaler = scaler
-        self._optimizers = optimizers
+        # Hooks hold this object, and from a hook no way may lead back to the weights, or they are never freed.
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._scale: Tensor | None = None
         self._stepped: set[int] = set()
         self.forget()
@@ -65,8 +67,9 @@ class ScalerWatch:
             self._scale = scale.clone()
         if states is self._states or self._scale is None or scale is None:
             return []
-        asked = [one for one in self._optimizers if self._states.get(id(one), {}).get("stage") is OptState.STEPPED]
-        found = [SkippedStep(one, self._scale) for one in asked if id(one) not in self._stepped]
+        places = {id(reference()): place for place, reference in enumerate(self._optimizers)}
+        asked = [one for one in places if self._states.get(one, {}).get("stage") is OptState.STEPPED]
+        found = [SkippedStep(places[one], self._scale) for one in asked if one not in self._stepped]
         self.forget()
         self._scale = scale.clone()
         return found

@@ -77,7 +77,7 @@ class Update:
         """
         if not (self.rate != 0 and 0 < self.peak < math.inf):
             return False
-        return self.lost or abs(self.rate) * self.peak > _SINGLE * self.rms
+        return self.lost or abs(self.rate) * self.peak > 100 * _SINGLE * self.rms
 
     @property
     def lost(self) -> bool:

@@ -44,3 +44,13 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return (Hook, ())
+
+
+def graph_task() -> int:
+    """Number of the backward pass that runs now, -1 outside any."""
+    return int(torch._C._current_graph_task_id())  # noqa: SLF001 -- torch has no public name for it
+
+
+def has_closure(args: Any, kwargs: Any) -> bool:
+    """Whether ``optimizer.step`` was called with a closure; its first argument is the optimizer."""
+    return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)

@@ -149,6 +149,7 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
         ConfigurationError: A value that only the objects themselves can refuse; before a step and before a W&B run.
     """
     from diagnostics.monitor import Monitor
+    from diagnostics.sinks.console import say
     from diagnostics.trainers import loop
     from diagnostics.trainers.provenance import describe_run
 
@@ -162,6 +163,8 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
         seed=parts.trainer.seed,
         device=str(next(parts.model.parameters()).device),
     )
+    if parts.trainer.preflight:
+        say(print, str(loop.look(parts.model, parts.task, parts.trainer, info)))
     try:
         with open_sinks(settings["sink"], info, place) as (sinks, log):
             with Monitor(parts.model, parts.optimizer, sinks=sinks, run=info, **parts.monitoring) as monitor:
@@ -235,8 +238,8 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     with refusals("diagnostics", monitoring):
         Options(**monitoring)
     monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
-    if trainer.mistake == "clip_after_step" and not isinstance(clip, ClipByNorm):
-        raise ConfigurationError("trainer.mistake=clip_after_step needs a norm to clip with; add clip=norm.")
+    if trainer.mistake.startswith("clip_") and not isinstance(clip, ClipByNorm):
+        raise ConfigurationError(f"trainer.mistake={trainer.mistake} needs a norm to clip with; add clip=norm.")
     with refusals("trainer", settings["trainer"]):
         device = choose_device(trainer.device)
         task.batches(trainer.batch_size, trainer.seed)

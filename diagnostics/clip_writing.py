@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diagnostics import statistics
 from diagnostics.clip_groups import GroupState
-from diagnostics.clip_state import ClipState, Limit, Member
+from diagnostics.clip_state import ClipState, Member
 from diagnostics.norms import GradientNorms, NormReading, p_norm, real_values, shares
 from diagnostics.records import ClipRecord
 
@@ -94,11 +94,6 @@ class Clipping:
             return self.norms[0].total
         return p_norm(self._sizes(), self.state.norm_type)
 
-    @property
-    def limit(self) -> Limit | None:
-        """What the rule makes of all gradients together; None if it does not clip them by their norm."""
-        return self.state.limit(self.total)
-
     def tensor(self) -> Tensor:
         """The norm as torch returns it."""
         return self.parts[0].reading.total_of(self.norms[0])
@@ -137,7 +132,7 @@ class Clipping:
             norm_type=self.state.norm_type,
             max_norm=None,
             total_norm=total,
-            clip_coef=after / total if total > 0 else 1.0,
+            clip_coef=after / total if total else 1.0,
             applied=any(record.applied for record in records),
             total_norm_after=after,
             shares=shares(self._sizes(), total, self.state.norm_type),

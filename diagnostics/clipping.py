@@ -131,10 +131,11 @@ def clip_grad_norm_(
 
 def rule_of(max_norm: Any, norm_type: Any) -> ClipByNorm:
     """The rule that torch's arguments mean: numbers, tensors or arrays of one element, and "inf" for the norm_type."""
-    norm_type = math.inf if norm_type == "inf" else norm_type
-    return ClipByNorm(
-        *(float(one) if getattr(one, "shape", None) in ((), (1,)) else one for one in (max_norm, norm_type))
-    )
+    return ClipByNorm(_number(max_norm), math.inf if norm_type == "inf" else _number(norm_type))
+
+
+def _number(given: Any) -> Any:
+    return float(given) if math.prod(getattr(given, "shape", (0,))) == 1 else given
 
 
 def tensors_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -163,12 +164,13 @@ def _grouped(parameters: Any, by: str) -> tuple[list[Member], list[Tensor]]:
     tensors: list[Any] = []
     for place, given in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         group = given if isinstance(given, Mapping) else {"params": [given]}
+        held = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         names = group.get("param_names", ())
-        for index, one in enumerate(group["params"]):
+        for index, one in enumerate(held):
             name, tensor = one if isinstance(one, tuple) else (names[index] if index < len(names) else "", one)
             members.setdefault(id(tensor), Member(name, group=str(place) if isinstance(given, Mapping) else "0"))
             tensors.append(tensor)
     if by == "name" and not all(member.name for member in members.values()):
         raise ValueError("parameters must have names for a rule by name; got tensors: pass model.named_parameters().")
-    owners = statistics.gradients_of(tensors_of(tensors))[0]
+    owners = statistics.gradients_of(tensors_of(tensors or parameters))[0]
     return [members[id(owner)] for owner in owners], tensors

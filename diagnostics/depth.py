@@ -1,8 +1,22 @@
 """Model → layers in the order of the forward pass.
 
-A layer is one call of a module that owns parameters directly. The order is that of the calls, seen in recorded forward
-passes; a module called several times in one pass is several layers, ``name@0 … name@k``, the parameters standing at the
-first. A parameter whose owner is never called (``MultiheadAttention.out_proj``) belongs to the nearest called ancestor.
+Depth means the same everywhere. A layer is one call of a module that owns parameters directly. The order is that of the
+calls, seen in recorded forward passes; a module called several times in one pass is several layers, ``name@0 …
+name@k``, the parameters standing at the first. A parameter whose owner is never called
+(``MultiheadAttention.out_proj``) belongs to the nearest called ancestor.
+
+- Branches, experts, layers dropped at random: what some pass has ordered keeps that order, the rest stands as it was
+  registered.
+- A cell that is unrolled in time is one layer per step: the depth axis of a recurrent net is time.
+- A fused ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU`` is one layer, since the gradient between its steps stays inside of one
+  kernel. What autograd shows is the loss's own gradient at every step's result; statistics are over the results that
+  have any, so that a loss at the last step alone does not look like a layer that is nearly dead.
+- A checkpointed segment is what it is without; one with ``use_reentrant=True`` hides its graph, so no layer of such a
+  model is taken for a branch, and inside it only the first call of a module that is called several times is seen.
+- Several forwards in one step (micro-batches, a GAN) merge call by call.
+- ``autograd.grad``, passes without grad and passes of a copy of the model do not count.
+- Inside a compiled model no layer is called, so output gradients are not seen; the Monitor says so once.
+- Which layers the fit over depth follows, and where layers stand that run side by side, is trunk.py's to say.
 """
 
 from __future__ import annotations
@@ -27,6 +41,9 @@ NORMALISATION = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 """Class names of normalisation layers: BatchNorm2d, LayerNorm, RMSNorm and everybody's own RMSNorm."""
 
 _PARAMETRIZATIONS = ".parametrizations."
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # hold a model as ``module``
+_WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Under which names torch.compile, FSDP and checkpoint wrappers hold one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +95,16 @@ def find_owners(models: Mapping[str, nn.Module]) -> tuple[list[Owner], dict[str,
     parameters: dict[str, Tensor] = {}
     seen: set[int] = set()
     for root, (prefix, model) in enumerate(models.items()):
+        wrappers: set[str] = set()
         for module_name, module in model.named_modules():
+            if isinstance(module, _WRAPPERS):
+                wrappers.add(module_name)
             if _PARAMETRIZATIONS in f".{module_name}.":
                 continue
             held = _own_parameters(module)
             if not held:
                 continue
-            name = _join(prefix, module_name)
+            name = _join(prefix, _unwrapped(module_name, wrappers))
             new = {_join(name, key): value for key, value in held.items() if id(value) not in seen}
             seen.update(id(value) for value in new.values())
             parameters.update(new)
@@ -233,6 +253,15 @@ def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(parametrized, nn.ModuleDict):
         held |= {f"parametrizations.{name}": value for name, value in parametrized.named_parameters()}
     return held
+
+
+def _unwrapped(name: str, wrappers: set[str]) -> str:
+    """A module's name without those of the wrappers around it, which stand in ``wrappers``."""
+    parts = name.split(".")
+    held = {".".join(filter(None, [wrapper, "module"])) for wrapper in wrappers}
+    return ".".join(
+        part for place, part in enumerate(parts) if part not in _WRAPPED and ".".join(parts[: place + 1]) not in held
+    )
 
 
 def _join(prefix: str, name: str) -> str:

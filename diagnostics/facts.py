@@ -121,7 +121,6 @@ class Facts:
         empty = frozenset(
             self._catalogue.index(tensor) for tensor in held if tensor.requires_grad and tensor.grad is None
         )
-        limit = observation.clipping.limit
         ran = self._ran[unit.name]
         self._ran[unit.name] = set()
         return Step(
@@ -130,7 +129,7 @@ class Facts:
             norms=norms,
             rewritten=frozenset(index for index in norms if self._watcher.rewritten(index)),
             total_norm=record.clip.total_norm_after,
-            max_norm=None if limit is None else limit.max_norm,
+            max_norm=observation.clipping.state.max_norm,
             norm_type=record.clip.norm_type,
             skipped=record.skipped,
             closure=closure,

@@ -55,8 +55,9 @@ class Preflight:
         chi: Mean-field χ₁, the factor on the squared gradient per layer; None where there is no fit either.
         chi_source: ``"theory"``: from the variances of weights and biases, for a plain stack of Linear or convolution
             layers of one width with one activation. ``"measured"``: ``10 ** (2 * backward_slope)``, else.
-        trainable_depth: Layers up to which this initialisation trains, about: ``6 / |ln χ₁|`` (Schoenholz et al. 2017);
-            infinity at χ₁ = 1 and where a measured slope is within its uncertainty; None without χ₁.
+        trainable_depth: Layers up to which this initialisation trains, about: ``6 / |ln χ₁|`` (Schoenholz et al. 2017,
+            with SGD; optimizers that divide by the gradient's size reach further). Infinity at χ₁ = 1 and where a
+            measured slope is within its uncertainty; None without χ₁.
         diagnoses: What a Monitor would say after such a step, none of it confirmed but non-finite numbers.
         verdict: The same as one word and one sentence.
 
@@ -99,7 +100,7 @@ class Preflight:
         lines = depth_table(self.record, width, title="before training:")
         dead = [(share, one.layer.name) for share, one in zip(self.dead_units, self.layers, strict=True) if share]
         for share, name in sorted(dead, reverse=True)[:3]:
-            lines += paragraph(f"{share:.0%} of the units of {name} have no gradient", width)
+            lines += paragraph(f"{share:.0%} of the units of {name} have no gradient on this batch", width)
         if self.chi is not None and self.trainable_depth is not None:
             reach = f"about {self.trainable_depth:.0f} layers" if self.trainable_depth < 1e6 else "any depth"
             lines += paragraph(f"χ₁ {self.chi:.3g} per layer ({self.chi_source}): trains up to {reach}", width)
@@ -119,7 +120,8 @@ def preflight(
 
     Weights, buffers, gradients (also those of parameters outside the model), ``requires_grad``, train or eval mode,
     hooks, grad mode and the random numbers of torch, Python and NumPy are afterwards what they were, bit for bit. What
-    the pass does beyond the model is not undone: a data iterator moves on, and hooks of others run.
+    the pass does beyond the model is not undone: a data iterator moves on, and hooks of others run. Where a Monitor is
+    open already, call it inside ``with monitor.paused():``.
 
     Args:
         model: One module, or a mapping of names to modules, in the mode it shall be looked at.
@@ -145,7 +147,7 @@ def preflight(
     _refuse(models, loss)
     catalogue = Catalogue(models)
     parameters = catalogue.tensors()
-    with torch.inference_mode(False), torch.enable_grad(), _unchanged(models), _gradients_aside(parameters):
+    with torch.inference_mode(False), _unchanged(models), _gradients_aside(parameters):
         watcher = Watcher(models, catalogue.owners, parameters)
         try:
             value = loss()

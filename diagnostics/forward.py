@@ -50,7 +50,6 @@ class _Pass:
     attached: dict[Call, int] = field(default_factory=dict)
     noted: list[Noted] = field(default_factory=list)
     trace: list[Call] = field(default_factory=list)
-    results: tuple[Node, ...] = ()
     roles: dict[tuple[Node, int], list[Role]] = field(default_factory=dict)  # no tensors: those must be free to go
 
 
@@ -136,8 +135,11 @@ class Forward:
         one = self._passes[root]
         if one.counts:
             results = _differentiable(result)
-            one.results = tuple(map(_node, results))
-            yield from self._streams(root, None, results)
+            joins = self._look_for_trunk(root, tuple(map(_node, results)))
+            for node, ends in joins.items():
+                yield from self._point(one, node, Role(STREAM, ends, one.attached[ends]))
+            if not joins:
+                yield from self._streams(root, None, results)
 
     def settle(self) -> None:
         """Every pass has ended."""
@@ -181,20 +183,23 @@ class Forward:
                 yield from self._point(one, place, Role(STREAM, ends, one.attached[ends]))
 
     def _end(self, root: int) -> None:
+        self._look_for_trunk(root)
         one, self._passes[root] = self._passes[root], _Pass()
-        changed = self.orders[root].extend(one.trace)
+        self.version += self.orders[root].extend(one.trace)
         self.ran.update(index for index, _ in one.trace)
-        trace = tuple(one.trace)
-        if one.noted and trace not in self._read[root] and len(self._read[root]) < _MAX_TRUNKS:
-            self._read[root].add(trace)
-            changed |= self.trunks[root].take(self._look_for_trunk(one))
-        self.version += changed
 
-    def _look_for_trunk(self, one: _Pass) -> Trunk:
+    def _look_for_trunk(self, root: int, results: Sequence[Node] = ()) -> dict[Node, Call]:
+        """Reads the graph of a pass whose calls came in a new order; returns its joins."""
+        one, trace = self._passes[root], tuple(self._passes[root].trace)
+        if not one.noted or trace in self._read[root] or len(self._read[root]) == _MAX_TRUNKS:
+            return {}
+        self._read[root].add(trace)
         try:
-            return find_trunk(one.noted, self._owners, one.results)
+            trunk, joins = find_trunk(one.noted, self._owners, results)
         except (AttributeError, RuntimeError, TypeError):  # torch promises nothing about nodes of the graph
-            return Trunk()
+            return {}
+        self.version += self.trunks[root].take(trunk)
+        return joins
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -3,10 +3,13 @@
 Hooks only note. They run inside the user's forward and backward, so they never raise, never warn, never wait for the
 device and return nothing: one that fails switches the Watcher off, and the Monitor says so at the next step.
 
-Output gradients come from a forward hook that registers on the output tensor: module backward hooks break under an
-in-place operation that follows, and cost six times as much. Weight gradients are read at the step, since parameter
-hooks see them before all-reduce and before unscaling. What parameter hooks are for is to know which backward pass
-accumulated into which parameter, and what was left in ``.grad`` when the pass began.
+Output gradients come from a forward hook that registers on the output tensor, and on the inputs for the local gain:
+module backward hooks break under an in-place operation that follows, and cost six times as much. A tensor that several
+layers made or read is listened to once. Where a residual stream is nobody's input or output the hook is the graph's.
+
+Weight gradients are read at the step, since parameter hooks see them before all-reduce and before unscaling. What
+parameter hooks are for is to know which backward pass accumulated into which parameter, and what was left in ``.grad``
+when the pass began.
 
 Inside a compiled model there are no forward hooks: output gradients are not seen, weight gradients are.
 """
@@ -14,7 +17,7 @@ Inside a compiled model there are no forward hooks: output gradients are not see
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,10 +27,12 @@ from torch.utils.hooks import RemovableHandle
 
 from diagnostics import statistics
 from diagnostics.callback import Hook as _Hook
+from diagnostics.callback import graph_task as _graph_task
+from diagnostics.callback import has_closure
 from diagnostics.depth import Owner
 from diagnostics.forward import Forward, Point, Role
 from diagnostics.graph import Leaves
-from diagnostics.marks import Marks, is_other, version
+from diagnostics.marks import Marks, State, is_other, state
 from diagnostics.passes import BackwardPass, measured
 
 _NO_BACKWARD = -1
@@ -69,7 +74,7 @@ class Watcher:
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
-        self._spent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._spent: dict[int, State] = {}
         self._unspent: set[int] = set()
         self._frozen: list[int] = []
         self._marks = Marks(self._gradient)
@@ -120,14 +125,14 @@ class Watcher:
             depth += 1
             call = weakly_before()
             if depth == 1 and self.listening and call is not None:
-                call(stepping, _has_closure(args, kwargs))
+                call(stepping, has_closure(args, kwargs))
 
         def ends(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal depth
             depth = max(0, depth - 1)
             call = weakly_after()
             if depth == 0 and self.listening and call is not None:
-                call(stepping, _has_closure(args, kwargs))
+                call(stepping, has_closure(args, kwargs))
 
         self._handles.append(optimizer.register_step_pre_hook(begins))
         self._handles.append(optimizer.register_step_post_hook(ends))
@@ -135,11 +140,10 @@ class Watcher:
     def spend(self, indices: Sequence[int]) -> None:
         """Notes that a step has spent the gradients of these parameters, as they are now."""
         for index in indices:
-            parameter = self._parameters[index]()
             self._unspent.discard(index)
             self._marks.forget(index)
-            if parameter is not None and parameter.grad is not None:
-                self._spent[index] = (weakref.ref(parameter.grad), version(parameter.grad))
+            if (gradient := self._gradient(index)) is not None:
+                self._spent[index] = state(gradient)
 
     def drain(self) -> list[Any]:
         """The timeline since the last call; the next step begins a new one."""
@@ -157,10 +161,17 @@ class Watcher:
 
     def rewritten(self, index: int) -> bool:
         """Whether a gradient that a step has spent was replaced or written to since."""
-        spent, parameter = self._spent.get(index), self._parameters[index]()
-        if spent is None or parameter is None or parameter.grad is None:
-            return False
-        return is_other(parameter.grad, *spent)
+        spent, gradient = self._spent.get(index), self._gradient(index)
+        return spent is not None and gradient is not None and is_other(gradient, spent)
+
+    @contextmanager
+    def writing(self, indices: Iterable[int]) -> Iterator[None]:
+        """What is written to gradients inside the block is ours: what a step has spent stays spent."""
+        known = [index for index in indices if index in self._spent and not self.rewritten(index)]
+        yield
+        self._spent.update(
+            {index: state(gradient) for index in known if (gradient := self._gradient(index)) is not None}
+        )
 
     def cleared(self) -> frozenset[int]:
         """Parameters to which a pass has added what no step has spent, and whose ``.grad`` is None by now."""
@@ -245,10 +256,10 @@ class Watcher:
     # backward
 
     def _gradient_arrives(
-        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...]
+        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...] | None
     ) -> None:
         current = self._enter(_graph_task())
-        only = gradient if isinstance(gradient, Tensor) else gradient[0]
+        only = gradient[0] if isinstance(gradient, tuple) else gradient  # None for one of several outputs that got none
         if only is not None:
             current.gradients.append(measured(*point, only))
 
@@ -307,6 +318,8 @@ class Watcher:
             self.timeline.append(self._current)
             self._unspent |= self._current.accumulated
             self._post_sentinel()
+        else:
+            self._unspent |= self._current.cleared  # for the next pass to tell of
         self._current = BackwardPass()
         self.forward.separate()
 
@@ -332,18 +345,8 @@ class Watcher:
         return found
 
     def _training(self) -> bool:
-        models = [model() for model in self._models]
-        return any(model is not None and model.training for model in models)
+        return any(model is not None and model.training for model in (one() for one in self._models))
 
     def _gradient(self, index: int) -> Tensor | None:
         parameter = self._parameters[index]()
         return None if parameter is None else parameter.grad
-
-
-def _graph_task() -> int:
-    """Number of the backward pass that runs now, -1 outside any."""
-    return int(torch._C._current_graph_task_id())  # noqa: SLF001 -- torch has no public name for it
-
-
-def _has_closure(args: Any, kwargs: Any) -> bool:
-    return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)

@@ -92,7 +92,8 @@ class LayerRecord:
 
     Attributes:
         layer: Which one.
-        output: The gradient of the loss with respect to the layer's output; None on a step that is not recorded.
+        output: The gradient of the loss with respect to the layer's output; None on a step that is not recorded. Of a
+            fused recurrent layer only those results (one per example and step) count that have a gradient.
         weight: The gradient of the layer's own parameters before clipping; None where the layer has none of its own or
             none of them has a gradient.
         weight_norm: Euclidean norm of the trainable parameters, before the step, estimated from a sample of at most
@@ -107,7 +108,7 @@ class LayerRecord:
             the last 10 recorded steps; None before there are so many, for embeddings (a token that did not occur is not
             dead) and for layers without a weight of two dimensions.
         stream_rms: Root mean square of the gradient at the residual stream behind the branch that the layer ends; None
-            where it ends none.
+            where it ends none (trunk.py says what is taken for a branch).
 
     Example:
         >>> LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None).update_ratio is None

@@ -10,11 +10,15 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from diagnostics import magnitudes, statistics
+
+State: TypeAlias = tuple[weakref.ref[Tensor], int]
+"""A tensor and how often it has been written to in place."""
 
 
 @dataclass(slots=True)
@@ -34,18 +38,18 @@ class Marks:
 
     def __init__(self, gradient: Callable[[int], Tensor | None]) -> None:
         self._gradient = gradient
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._seen: dict[int, State] = {}
 
     def note(self, indices: Iterable[int]) -> Look:
         """The state of these gradients at the end of a pass."""
         present = self._present(dict.fromkeys(indices))
-        self._seen.update({index: (weakref.ref(tensor), version(tensor)) for index, tensor in present})
+        self._seen.update({index: state(tensor) for index, tensor in present})
         return _look(present)
 
     def check(self) -> tuple[Look, bool]:
         """The gradients at the beginning of the next pass, and whether one was written to in between."""
         present = self._present(list(self._seen))
-        touched = [index for index, tensor in present if is_other(tensor, *self._seen[index])]
+        touched = [index for index, tensor in present if is_other(tensor, self._seen[index])]
         return _look(present), bool(touched)
 
     def forget(self, index: int) -> None:
@@ -57,14 +61,18 @@ class Marks:
         return [(index, tensor) for index, tensor in found if tensor is not None and not tensor.is_sparse]
 
 
-def version(tensor: Tensor) -> int:
-    """How often a tensor has been written to in place."""
-    return int(tensor._version)  # noqa: SLF001 -- documented under "in-place correctness checks"; no public name
+def state(tensor: Tensor) -> State:
+    """Which tensor it is, and its contents."""
+    return weakref.ref(tensor), _version(tensor)
 
 
-def is_other(tensor: Tensor, seen: weakref.ref[Tensor], at_version: int) -> bool:
+def is_other(tensor: Tensor, seen: State) -> bool:
     """Whether it is another tensor than the one that was seen, or has been written to since."""
-    return tensor is not seen() or version(tensor) != at_version
+    return tensor is not seen[0]() or _version(tensor) != seen[1]
+
+
+def _version(tensor: Tensor) -> int:
+    return int(tensor._version)  # noqa: SLF001 -- documented under "in-place correctness checks"; no public name
 
 
 def _look(present: Sequence[tuple[int, Tensor]]) -> Look:

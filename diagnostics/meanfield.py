@@ -169,7 +169,7 @@ def plain_stack(node: Any) -> Stack | None:
         if name in _LAYERS:
             source, weight, bias = (None if place is None else parents[place] for place in _LAYERS[name])
             held = _leaf(weight)
-            if held is None or set(getattr(node, "_saved_stride", ())) > {1}:
+            if held is None or set(getattr(node, "_saved_stride", ())) - {1}:
                 return None
             layers.append((held, _leaf(bias)))
             between.append(())

@@ -44,8 +44,10 @@ class Monitor(Guarded, Resumable):
     Args:
         model: One module, or a mapping of names to modules.
         optimizers: One optimizer or a sequence.
-        clip: How gradients are clipped; None measures only. Several optimizers that are stepped one by one share the
-            rule and not its history; a mapping from optimizers, or the names in their records, gives each its own rule.
+        clip: How :meth:`clip_and_step` clips; None measures only. Several optimizers that are stepped one by one share
+            the rule and not its history; a mapping from optimizers, or the names in their records, gives each its own
+            rule. In a loop that calls ``optimizer.step()`` itself it says what the loop means to do, and is held
+            against what it does if it is a :class:`ClipByNorm`: other rules depend on more than a step shows.
         accumulate: Backward passes that one step is meant to spend.
         scaler: The loop's ``torch.amp.GradScaler``, if it has one.
         nonfinite: What :meth:`clip_and_step` does when gradients are not finite: ``"skip"`` the update, ``"raise"``, or
@@ -232,7 +234,8 @@ class Monitor(Guarded, Resumable):
         self._watcher.adopt(self._catalogue.adopt(owners))
         clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), statistics.Reader())
         clipping.settle()
-        self._own_clip = clipping.clip()
+        with self._watcher.writing(map(self._catalogue.index, owners)):
+            self._own_clip = clipping.clip()
         self._watcher.timeline.append(self._facts.clip(given, owners, clipping.by_gradient, self._own_clip))
         return clipping.tensor()
 

@@ -108,6 +108,17 @@ class ClipRecord:
     norm_quantiles: tuple[float, ...] = ()
     group: str = ""
 
+    @property
+    def terms(self) -> str:
+        """The rule's terms in a few words, as of this step: ``"max_norm 1, norm_type inf"``; empty without a rule."""
+        if self.parts:
+            return f"groups {', '.join(part.group for part in self.parts)}"
+        limit = self.max_norm if self.threshold is None else self.threshold
+        if self.rule == "none" or limit is None:
+            return ""
+        name = {"norm": "max_norm", "value": "clip_value"}.get(self.rule, "last threshold")
+        return f"{name} {limit:g}" + ("" if self.norm_type == 2 else f", norm_type {self.norm_type:g}")
+
 
 @dataclass(frozen=True, slots=True)
 class Remedy:

@@ -82,7 +82,7 @@ class Units:
             elif isinstance(event, SkippedStep):
                 self._collect(passes)
                 passes = []
-                unit = self.of(event.optimizer)
+                unit = self.of(self.together.optimizers[event.place])
                 lost.append(LostStep(unit, self.take(unit), event.scale))
         self._collect(passes)
         return lost

@@ -25,7 +25,26 @@ RecurrentActivation = Enum("RecurrentActivation", ["tanh", "relu"])
 NormPosition = Enum("NormPosition", ["pre", "post"])
 Precision = Enum("Precision", ["fp32", "bf16", "fp16"])
 LearningRateSchedule = Enum("LearningRateSchedule", ["constant", "linear", "cosine"])
-Mistake = Enum("Mistake", ["none", "missing_zero_grad", "clip_after_step"])
+Mistake = Enum(
+    "Mistake",
+    [
+        "none",
+        "missing_zero_grad",
+        "zero_grad_before_step",
+        "step_without_grads",
+        "clip_before_backward",
+        "clip_after_step",
+        "clip_mid_accumulation",
+        "clip_scaled_grads",
+        "clip_subset",
+        "clip_ineffective",
+        "param_not_in_optimizer",
+        "optimizer_param_not_in_model",
+        "no_update",
+        "window_size",
+        "dropped_window",
+    ],
+)
 NonFinite = Enum("NonFinite", ["skip", "raise", "step"])
 Reaction = Enum("Reaction", ["warn", "raise", "record"])
 TrainerReaction = Enum("TrainerReaction", ["warn", "stop", "raise", "record"])
@@ -286,6 +305,7 @@ class TrainerConfig:
     seed: int = MISSING
     device: str = MISSING
     threads: int = MISSING
+    preflight: bool = MISSING
     mistake: Mistake = MISSING
     objective: str = MISSING
 

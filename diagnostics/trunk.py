@@ -12,7 +12,7 @@ A skip over more than ``MAX_SPAN`` layers is not taken for a block's, nor one th
 them (U-Net, DenseNet, states of a recurrent net that are stacked) stay in the trunk. Layers side by side, as those of
 two towers, stand at one place: ``steps_back`` is the longest way to the loss, counted in layers of the trunk.
 
-The graph is read once per new order of calls, after its backward pass; nothing is computed on the device.
+The graph is read once per new order of calls, when the forward pass has ended; nothing is computed on the device.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Trunk:
         return before != (len(self.branch), len(self.ends), self.steps_back, sum(map(len, self.streams.values())))
 
 
-def find_trunk(noted: Sequence[Noted], owners: Sequence[Owner], results: Sequence[Node] = ()) -> Trunk:
+def find_trunk(
+    noted: Sequence[Noted], owners: Sequence[Owner], results: Sequence[Node] = ()
+) -> tuple[Trunk, dict[Node, Call]]:
     """Reads the graph of one forward pass.
 
     Args:
@@ -97,11 +99,12 @@ def find_trunk(noted: Sequence[Noted], owners: Sequence[Owner], results: Sequenc
         results: Nodes that made the model's result.
 
     Returns:
-        The trunk; an empty one, so that the order of the calls counts, for a graph that is too large or not in order.
+        The trunk, and the joins with the calls that stand for them. An empty trunk, so that the order of the calls
+        counts, for a graph that is too large or not in order.
     """
     graph = _Graph(noted, owners, results)
     if not graph.order:
-        return Trunk()
+        return Trunk(), {}
     joins: dict[Node, Call] = {}
     trunk = Trunk()
     swallowed: set[Node] = set()
@@ -119,7 +122,7 @@ def find_trunk(noted: Sequence[Noted], owners: Sequence[Owner], results: Sequenc
         trunk.branch.discard(ends) if composite else joins.setdefault(node, ends)
     trunk.steps_back = graph.steps_back(trunk, joins)
     trunk.streams = graph.locate(joins, results)
-    return trunk
+    return trunk, joins
 
 
 class _Window(NamedTuple):
@@ -166,7 +169,8 @@ class _Graph:
         self._owners = owners
         self._parents: dict[Node, list[Node]] = {}
         self.place = {one.call: place for place, one in enumerate(noted)}
-        self.composite = {one.call for one in noted if owners[one.call[0]].path in _parents_of_paths(noted, owners)}
+        around = _parents_of_paths(noted, owners)
+        self.composite = {one.call for one in noted if owners[one.call[0]].path in around}
         self.made_by: dict[Node, list[Call]] = {}
         self.read_by: dict[Node, list[tuple[Call, int]]] = {}
         for one in noted:
@@ -235,7 +239,7 @@ class _Graph:
 
     def _shortcut(self, join: Node, fork: Node, calls: set[Call]) -> bool:
         """Whether layers read the very tensor where the ways part, and come together again in one shape."""
-        read = any(call in calls for call, _ in self.read_by.get(fork, ()))
+        read = _shape(fork) is not None and any(call in calls for call, _ in self.read_by.get(fork, ()))
         return read and len(calls) > 1 and all(_shape(parent) == _shape(join) for parent in self.parents(join))
 
     def steps_back(self, trunk: Trunk, joins: Mapping[Node, Call]) -> dict[Call, int]:
@@ -298,13 +302,15 @@ class _Graph:
 
     def _mark(self, one: Noted) -> None:
         """Marks what a layer computed, from its outputs back to its inputs."""
-        stop = {*one.inputs, *self.inside}
-        waiting = [node for node in one.outputs if node not in stop]
+        waiting = [node for node in one.outputs if node not in one.inputs and node not in self.inside]
         while waiting:
             node = waiting.pop()
             self.inside[node] = one.call
-            stop.add(node)
-            waiting += [one for one in self.parents(node) if one not in stop and one not in self.made_by]
+            waiting += [
+                parent
+                for parent in self.parents(node)
+                if parent not in one.inputs and parent not in self.inside and parent not in self.made_by
+            ]
 
 
 _LEAF = "torch::autograd::AccumulateGrad"

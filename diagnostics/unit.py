@@ -77,14 +77,16 @@ class Unit:
     def skip(self, passes: Sequence[BackwardPass], loss_scale: float) -> StepRecord:
         """Counts a step of which only the GradScaler knew, and what is known of it: its gradients are gone."""
         fraction, quantiles = self.count(math.nan, clipped=False)
+        limit = self.clipping.limit(math.nan)
         clip = ClipRecord(
             rule=self.clipping.kind,
             norm_type=self.clipping.norm_type,
-            max_norm=None,
+            max_norm=None if limit is None else limit.max_norm,
             total_norm=math.nan,
             clip_coef=None,
             applied=False,
             total_norm_after=math.nan,
+            threshold=self.clipping.clip_value if limit is None else limit.threshold,
             clip_fraction=fraction,
             norm_quantiles=quantiles,
         )

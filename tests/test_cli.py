@@ -149,6 +149,14 @@ def test_without_sinks_nothing_is_written_or_printed_but_the_result(start, capsy
     assert list(only("outputs", "*").iterdir()) == []
 
 
+def test_a_run_that_is_told_to_looks_before_it_trains_and_names_its_own_overrides(start, capsys):
+    said = [*("trainer.preflight=true", "trainer.steps=1", "sink=[]"), "model.activation=sigmoid", "model.depth=6"]
+    assert start(*said) is None
+    printed = capsys.readouterr().out
+    assert printed.startswith("before training:\n")
+    assert "(model.activation=" in printed
+
+
 def test_runs_that_start_together_have_folders_of_their_own(start):
     for _ in range(3):
         assert start("trainer.steps=1", "sink=[]") is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ class TestNorm:
         same(ours, theirs)
 
     @pytest.mark.parametrize(
-        "max_norm", [1, True - 0.5, torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(1, dtype=torch.int64)]
+        "max_norm", [1, True - 0.5, torch.tensor(1.0), torch.tensor([[1.0]]), torch.tensor(1, dtype=torch.int64)]
     )
     @pytest.mark.parametrize("norm_type", [2, 2.0, torch.tensor(2.0), "inf"])
     def test_numbers_may_come_as_torch_takes_them(self, max_norm, norm_type):
@@ -364,6 +366,19 @@ class TestGradScaler:
                 step(*other)
             step(*third)
         assert [record.skipped for record in monitor.records] == [False, False]
+
+    def test_a_watched_model_with_a_scaler_is_freed_when_nobody_has_it_any_more(self):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu")
+        monitor = Monitor(model, optimizer, scaler=scaler, sinks=[])
+        scaler.scale(model(torch.ones(1, 6)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        alive = weakref.ref(model[0].weight)
+        del model, optimizer, monitor
+        gc.collect()
+        assert alive() is None
 
     def test_a_scaler_is_left_as_it_was(self):
         model = network()

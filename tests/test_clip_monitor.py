@@ -285,6 +285,18 @@ class TestSeveralOptimizers:
             found = [monitor.clip_and_step(optimizer).clip for optimizer in optimizers]
         assert [(one.rule, one.applied) for one in found] == [("norm", True), ("none", False)]
 
+    def test_one_optimizer_may_be_mapped_too_and_a_step_without_gradients_has_no_parts(self):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for rule, parts in ((ClipByNorm(1e-3), 0), (ClipByGroup(ClipByNorm(1e-3)), 1)):
+            with quiet(model, optimizer, clip={optimizer: rule}, on_violation="record") as monitor:
+                optimizer.zero_grad()
+                empty = monitor.clip_and_step()
+                train(model, optimizer, monitor.clip_and_step, 1)
+            assert (empty.clip.applied, empty.clip.total_norm, empty.clip.parts) == (False, 0.0, ())
+            assert monitor.records[-1].clip.applied
+            assert len(monitor.records[-1].clip.parts) == parts
+
     def test_optimizers_are_groups_too(self):
         models, optimizers = self.pair()
         with quiet(models, optimizers, clip=ClipByGroup(ClipByNorm(0.01), by="optimizer")) as monitor:
@@ -386,13 +398,21 @@ class TestChangingLoops:
 
 
 class TestOwnLoops:
-    def test_a_declared_rule_that_nobody_carries_out_is_said(self):
+    @pytest.mark.parametrize("name", sorted(set(RULES) - {"norm", "norm of the largest"}))
+    def test_a_loop_that_clips_by_such_a_rule_itself_breaks_no_rule(self, name):
+        """What its own history makes of a norm cannot be seen from outside, so nothing is held against it."""
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        with quiet(model, optimizer, clip=ClipByQuantile(0.5, warmup=2), on_violation="record") as monitor:
-            train(model, optimizer, optimizer.step, 8)
-        assert [violation.rule for violation in monitor.violations] == ["clip_ineffective"]
-        assert not any(one.clip.applied for one in monitor.records)
+        rule = RULES[name].start()
+        with quiet(model, optimizer, clip=RULES[name]) as monitor:
+
+            def act():
+                clip_gradients(model.named_parameters() if name == "group" else model.parameters(), rule)
+                optimizer.step()
+
+            train(model, optimizer, act, 30)
+        assert monitor.violations == ()
+        assert len(monitor.records) == 30
 
     def test_the_history_holds_the_norm_from_before_the_loop_s_own_clip(self):
         model = net()
@@ -410,6 +430,16 @@ class TestOwnLoops:
         assert state == pytest.approx(found)
         assert all(limit > 1e-2 for limit in thresholds)
         assert monitor.violations == ()
+
+
+def test_a_norm_too_small_for_fp32_is_true_beside_gradients_that_are_known_to_be_zero():
+    model = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with quiet(model, optimizer, on_violation="record") as monitor:
+        for _ in range(3):
+            for parameter, size in zip(model, (0.0, 1e-25), strict=True):
+                parameter.grad = torch.tensor([size, 0.0])
+            assert monitor.clip_and_step().clip.total_norm == pytest.approx(1e-25, rel=1e-6, abs=0)
 
 
 def test_quantiles_of_the_norm_are_those_of_the_newest_thousand():

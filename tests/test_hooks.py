@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -319,3 +320,48 @@ def test_paused_notes_neither_passes_nor_steps(mlp):
         assert monitor.records == ()
         mlp(torch.randn(2, 4)).sum().backward()
         assert monitor.clip_and_step().backward_passes == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_says_once_what_is_not_seen_and_how_to_see_it(mlp, backend):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    x = torch.randn(2, 4)
+    with Monitor(mlp, optimizer, sinks=[], every=1) as monitor:
+        compiled = torch.compile(mlp, backend=backend, fullgraph=True)
+        for step in range(3):
+            optimizer.zero_grad()
+            compiled(x).square().sum().backward()
+            with pytest.warns(UserWarning, match="force_eager") if step == 0 else nullcontext():
+                record = monitor.clip_and_step()
+        assert all(one.output is None and one.weight.norm > 0 for one in record.layers)
+        optimizer.zero_grad()
+        with torch.compiler.set_stance("force_eager"):
+            compiled(x).square().sum().backward()
+        assert all(one.output.norm > 0 for one in monitor.clip_and_step().layers)
+
+
+def test_a_model_whose_layers_are_not_called_says_so(mlp):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    with Monitor(mlp, optimizer, sinks=[]) as monitor:
+        functional.linear(torch.randn(2, 4), mlp[0].weight, mlp[0].bias).sum().backward()
+        with pytest.warns(UserWarning, match="the model's layers are not called as modules"):
+            monitor.clip_and_step()
+
+
+def test_activations_go_when_the_backward_pass_is_done_though_their_place_in_the_graph_is_noted():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = []
+    model[0].register_forward_hook(lambda _module, _args, output: kept.append(weakref.ref(output)))
+    gc.disable()  # no cycle may be needed to free them
+    try:
+        with Monitor(model, optimizer, sinks=[], every=1) as monitor:
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = model(torch.randn(2, 4)).square().sum()
+                loss.backward()
+                del loss
+                assert kept[-1]() is None
+                monitor.clip_and_step()
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import re
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from diagnostics import DiagnosisError, RunInfo, Thresholds, assert_healthy, meanfield, preflight
+from diagnostics import DiagnosisError, MemorySink, Monitor, RunInfo, Thresholds, assert_healthy, meanfield, preflight
 from diagnostics.trainers.models import MLP
 
 
@@ -196,6 +197,23 @@ def test_it_runs_under_any_grad_mode_and_under_autocast_and_leaves_them_on(mlp, 
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")) == before
 
 
+def test_a_paused_monitor_does_not_notice(mlp):
+    def trained(looks):
+        model = copy.deepcopy(mlp)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Monitor(model, optimizer, every=1, sinks=[], on_violation="raise") as monitor:
+            for _ in range(3):
+                if looks:
+                    with monitor.paused():
+                        preflight(model, lambda: model(torch.ones(2, 4)).sum())
+                optimizer.zero_grad()
+                model(torch.ones(2, 4)).square().mean().backward()
+                monitor.clip_and_step()
+            return [(record.clip, list(record.layers), record.backward_passes) for record in monitor.records]
+
+    assert trained(looks=True) == trained(looks=False)
+
+
 # what it tells
 
 
@@ -278,6 +296,14 @@ def test_theory_reads_convolutions_and_nets_written_with_functions():
     assert (found.chi, found.chi_source) == (pytest.approx(1, rel=0.05), "theory")
 
 
+def test_theory_is_about_the_hidden_layers():
+    torch.manual_seed(0)
+    layers = iter([gaussian(64, 64, gain) for gain in (3.0, 1.2, 1.2, 1.2, 3.0)])
+    model = stack(5, 64, nn.ReLU, lambda *_: next(layers))
+    found = preflight(model, lambda: model(torch.randn(8, 64)).square().mean())
+    assert (found.chi, found.chi_source) == (pytest.approx(0.72, rel=0.05), "theory")
+
+
 def unequal(width):
     layers = iter([gaussian(width, width, gain) for gain in (1, 1, 2, 1)])
     return stack(4, width, nn.ReLU, lambda *_: next(layers))
@@ -289,7 +315,10 @@ def unequal(width):
         lambda: MLP(16, 2, depth=4, width=16, residual=True),
         lambda: MLP(16, 2, depth=4, width=16, norm="layer"),
         lambda: MLP(16, 2, depth=4, width=16, norm="batch"),
-        lambda: nn.Sequential(stack(4, 16, nn.ReLU, nn.Linear), nn.Dropout(0.5), stack(3, 16, nn.ReLU, nn.Linear)),
+        lambda: stack(4, 16, lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), nn.Linear),
+        lambda: stack(4, 16, lambda: nn.Sequential(nn.ReLU(), nn.Tanh()), nn.Linear),
+        lambda: stack(4, 16, lambda: nn.LeakyReLU(0.2), nn.Linear),
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 16)), *(nn.Conv1d(1, 1, 3, 2, padding=2) for _ in range(4))),
         lambda: nn.Sequential(stack(3, 16, nn.ReLU, nn.Linear), nn.Tanh(), stack(3, 16, nn.ReLU, nn.Linear)),
         lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2)),
         lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)),
@@ -430,6 +459,35 @@ def test_where_no_output_gradient_is_seen_health_is_not_asserted():
     model = nn.Linear(2, 2)
     with pytest.raises(DiagnosisError, match="unknown: no output gradient was seen"):
         assert_healthy(model, lambda: functional.linear(torch.ones(1, 2), model.weight).sum())
+
+
+# in our trainers
+
+
+def test_a_run_that_looks_before_it_trains_has_the_weights_and_records_of_one_that_does_not():
+    from diagnostics.trainers.loop import TrainerSettings, look, train
+    from diagnostics.trainers.tasks import Digits
+
+    task, settings = Digits(), TrainerSettings(steps=3, batch_size=16)
+
+    def run(looks):
+        torch.manual_seed(0)
+        model = he_dropout()
+        if looks:
+            assert look(model, task, settings).record.loss > 0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sink = MemorySink()
+        with Monitor(model, optimizer, sinks=[sink]) as monitor:
+            train(model, task, optimizer, monitor, settings)
+        return photograph(model)[0], [(record.loss, record.clip.total_norm) for record in sink.records]
+
+    (weights, records), (expected, expected_records) = run(looks=True), run(looks=False)
+    assert same([one[1] for one in weights], [one[1] for one in expected])
+    assert records == expected_records
+
+
+def he_dropout():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 10))
 
 
 def test_the_name_is_the_function_whatever_is_imported_first():

@@ -157,10 +157,20 @@ def test_a_deep_table_shows_its_ends_and_an_even_choice_between_and_says_what_is
 def test_the_clip_summary_counts_clipped_steps_and_gives_their_median_coefficient() -> None:
     coefficients = [0.25, 0.5, 0.75, 1.5, 2.0]
     steps = [StepRecord(i, clip(coefficient)) for i, coefficient in enumerate(coefficients)]
-    assert "clipped 3 of 5 steps, median coefficient 0.5, max_norm 1.0" in printed(*steps, FINISHED)
-    assert "clipped 0 of 1 steps, largest norm 0.5, max_norm 1.0" in printed(steps[-1], FINISHED)
+    assert "clipped 3 of 5 steps, median coefficient 0.5, max_norm 1" in printed(*steps, FINISHED)
+    assert "clipped 0 of 1 steps, largest norm 0.5, max_norm 1" in printed(steps[-1], FINISHED)
     one_norm = StepRecord(0, clip(0.5, norm_type=math.inf))
-    assert "max_norm 1.0, norm_type inf" in printed(one_norm, FINISHED)
+    assert "max_norm 1, norm_type inf" in printed(one_norm, FINISHED)
+    quantile = replace(clip(0.5), rule="quantile", threshold=0.3)
+    assert "largest norm 2, by quantile, last threshold 0.3" in printed(
+        StepRecord(0, replace(quantile, applied=False)), FINISHED
+    )
+    value = replace(quantile, rule="value", max_norm=None)
+    group = ClipRecord(
+        "group", 2.0, None, 2.0, 0.5, True, 1.0, parts=(replace(value, group="0"), replace(value, group="1"))
+    )
+    assert "coefficient 0.5, by value, clip_value 0.3" in printed(StepRecord(0, value), FINISHED)
+    assert "coefficient 0.5, by group, groups 0, 1" in printed(StepRecord(0, group), FINISHED)
     none = [
         StepRecord(i, ClipRecord("none", 2.0, None, norm, None, False, norm))
         for i, norm in enumerate([1.0, 3.0, math.nan])

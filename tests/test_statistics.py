@@ -183,6 +183,12 @@ class TestProfile:
         assert (found.zero_fraction, found.underflow_fraction) == (pytest.approx(2 / 6), pytest.approx(2 / 6))
         assert found.peak == 1.0
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_what_fp16_would_not_hold_is_counted_in_any_dtype_and_zeros_are_not(self, dtype: torch.dtype) -> None:
+        found = Profile(*profile(torch.tensor([0.0, 2.0**-15, -(2.0**-15), 2.0**-14, 1.0], dtype=dtype)).tolist())
+        assert found.underflow_fp16_fraction == pytest.approx(2 / 5)
+        assert found.underflow_fraction == pytest.approx(2 / 5 if dtype == torch.float16 else 0)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_what_is_not_finite_is_counted_and_shows_in_the_peak(self, dtype: torch.dtype) -> None:
         found = Profile(*profile(torch.tensor([[math.inf, 1.0], [-math.inf, 2.0]], dtype=dtype)).tolist())

@@ -14,6 +14,7 @@ from torch.nn import functional
 from diagnostics import ClipByNorm, MemorySink, Monitor
 from diagnostics.trainers import progress as progress_module
 from diagnostics.trainers.loop import OBJECTIVES, TrainerSettings, choose_device, evaluate, objective, train
+from diagnostics.trainers.mistakes import MISTAKES, WITH_A_SCALER, WITHIN_A_WINDOW
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress, write_line
 from diagnostics.trainers.provenance import describe_run, git_state
@@ -200,10 +201,12 @@ def trained(digits, settings, clip=None, optimizer=torch.optim.SGD, **options):
     model = MLP(64, 10, depth=2, width=16)
     chosen = optimizer(model.parameters(), lr=0.05)
     sink = MemorySink()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12) if settings.precision == "fp16" else None
+    options |= {"scaler": scaler, "accumulate": settings.micro_batches}
     with Monitor(
         model, chosen, clip=clip, sinks=[sink], on_violation="record", on_diagnosis="record", **options
     ) as one:
-        evaluation = train(model, digits, chosen, one, settings, clip=clip)
+        evaluation = train(model, digits, chosen, one, settings, clip=clip, scaler=scaler)
     return model, evaluation, one, sink
 
 
@@ -241,11 +244,18 @@ def test_a_lawful_run_has_no_violations(digits):
     assert list(monitor.violations) == []
 
 
-@pytest.mark.parametrize("mistake", ["missing_zero_grad", "clip_after_step"])
-def test_a_mistake_on_purpose_is_committed_and_reported(digits, mistake):
-    settings = TrainerSettings(steps=6, mistake=mistake)
-    _, evaluation, monitor, sink = trained(digits, settings, clip=ClipByNorm(max_norm=0.01))
-    assert mistake in {violation.rule for violation in monitor.violations}
+FIRST_STEP = dict.fromkeys(MISTAKES[1:], 0) | {"missing_zero_grad": 1, "dropped_window": 5}
+
+
+@pytest.mark.parametrize("mistake", FIRST_STEP)
+def test_a_mistake_on_purpose_is_committed_and_nothing_else_is_reported(digits, mistake):
+    windowed, scaled = mistake in WITHIN_A_WINDOW, mistake == WITH_A_SCALER
+    settings = TrainerSettings(
+        steps=6, mistake=mistake, micro_batches=1 + windowed, precision="fp16" if scaled else "fp32"
+    )
+    clip = None if mistake in {"no_update", "window_size", "dropped_window"} else ClipByNorm(max_norm=0.01)
+    _, evaluation, monitor, sink = trained(digits, settings, clip=clip)
+    assert [(one.rule, one.step) for one in monitor.violations] == [(mistake, FIRST_STEP[mistake])]
     assert len(sink.records) == 6
     assert math.isfinite(evaluation["eval/loss"])
 
@@ -275,7 +285,9 @@ def test_a_run_that_broke_is_the_worst_there_is_and_no_other(name):
     [
         ({"steps": 0}, "steps must be at least 1; got 0."),
         ({"seed": -1}, "seed must be at least 0; got -1."),
-        ({"mistake": "sleep"}, "mistake must be one of none, missing_zero_grad, clip_after_step; got 'sleep'."),
+        ({"mistake": "sleep"}, f"mistake must be one of {', '.join(MISTAKES)}; got 'sleep'."),
+        ({"mistake": "clip_scaled_grads"}, "precision must be fp16 with mistake=clip_scaled_grads; got 'fp32'."),
+        ({"mistake": "window_size"}, "micro_batches must be at least 2 with mistake=window_size; got 1."),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_sentence(options, said):

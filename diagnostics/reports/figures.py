@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.records import DepthFit, GradientStats, Layer, StepRecord
+from diagnostics.records import DepthFit, GradientStats, Layer, StepRecord, steps_back
 from diagnostics.reports.drawing import (
     ALARM,
     BLACK,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEGEND_MARKS = 4
+MOST_DECADES = 400  # float64 ends at 324; what lies beyond came from a damaged log
 MISSING, MEASURED, IS_ZERO, NOT_FINITE = range(4)
 
 
@@ -260,7 +261,10 @@ def _draw_profile(axes: Axes, records: Sequence[StepRecord]) -> None:
 
 
 def _draw_profile_of(axes: Axes, record: StepRecord, colour: str, marker: str) -> None:
-    cells = [(layer, *_cell(stats)) for layer, stats in _outputs(record)]
+    rows = [(row.layer, row.output, row.trunk_rms) for row in record.layers.before_step]
+    cells = [
+        (layer, *_cell(replace(stats, rms=rms))) for layer, stats, rms in rows if stats is not None and rms is not None
+    ]
     look: dict[str, Any] = {
         "color": colour,
         "markersize": 5.5 if len(cells) < 60 else 2.5,
@@ -272,18 +276,20 @@ def _draw_profile_of(axes: Axes, record: StepRecord, colour: str, marker: str) -
             axes.plot(*zip(*points, strict=True), marker, fillstyle=fill, **look)
     for kind, edge, sign in ((NOT_FINITE, TOP, "x"), (IS_ZERO, BOTTOM, "v")):
         mark(axes, [layer.depth for layer, _, found in cells if found == kind], edge, sign, "", color=colour)
-    line = _fitted_line([layer.depth for layer, _, _ in cells if layer.trunk], record.fit)
+    line = _fitted_line([layer for layer, _, _ in cells if layer.trunk], record.fit)
     label = f"step {record.step:,}: "
     label += f"{record.fit.slope:+.3g} decades per layer back" if record.fit else "no fit"
     axes.plot(*zip(*line, strict=True), "--", color=colour)
     axes.plot([], [], "--", marker=marker, color=colour, label=label)
 
 
-def _fitted_line(trunk: Sequence[int], fit: DepthFit | None) -> list[tuple[int, float]]:
-    """Where the fit puts the layers of the trunk, given their depths; its unit is one layer of the trunk."""
+def _fitted_line(trunk: Sequence[Layer], fit: DepthFit | None) -> list[tuple[int, float]]:
+    """Where the fit puts the layers of the trunk; its unit is one layer of the trunk."""
     if fit is None:
         return [(0, math.nan)]
-    return [(depth, fit.intercept + fit.slope * (len(trunk) - 1 - place)) for place, depth in enumerate(trunk)]
+    places = zip(trunk, steps_back(trunk), strict=True)
+    line = [(layer.depth, fit.intercept + fit.slope * place) for layer, place in places]
+    return [(depth, height) for depth, height in line if abs(height) < MOST_DECADES] or [(0, math.nan)]
 
 
 def _draw_norms(axes: Axes, records: Sequence[StepRecord]) -> None:
@@ -310,14 +316,16 @@ def _draw_lines(axes: Axes, records: Sequence[StepRecord]) -> None:
     clips = [record.clip for record in records]
     steps = [record.step for record in records]
     dots: dict[str, Any] = {"marker": ".", "markersize": 4} if len(records) < 60 else {}
-    clipping = any(clip.threshold is not None for clip in clips)
+    clipping = any(clip.rule != "none" for clip in clips)
     label = "before clipping" if clipping else "norm, not clipped"
     axes.set_yscale("log")
     axes.plot(steps, [_drawable(clip.total_norm) for clip in clips], color=BLUE, label=label, **dots)
     if clipping:
         after = [_drawable(clip.total_norm_after) for clip in clips]
         axes.plot(steps, after, color=ORANGE, linewidth=1, label="after clipping", **dots)
-        axes.plot(steps, [_drawable(clip.threshold) for clip in clips], "--", color=INK, label="threshold")
+        thresholds = [None if clip.rule == "value" else clip.threshold for clip in clips]  # one element's is no norm
+        if any(_drawable(threshold) > 0 for threshold in thresholds):
+            axes.plot(steps, [_drawable(threshold) for threshold in thresholds], "--", color=INK, label="threshold")
     _ticks(axes)
     axes.grid(axis="y", color=INK, alpha=0.25)
 

@@ -307,10 +307,10 @@ def _clipping(records: Sequence[StepRecord]) -> Iterator[Fact]:
         return
     clips = [record.clip for record in records]
     rule = clips[-1]
-    if rule.max_norm is None:
+    if rule.rule == "none":
         yield Fact("rule", ("none: gradients were measured, not clipped",))
     else:
-        yield Fact("rule", (f"by {rule.rule}, max_norm {rule.max_norm:g}, norm_type {rule.norm_type:g}",))
+        yield Fact("rule", (f"by {rule.rule}, {rule.terms}",))
         applied = [clip.clip_coef for clip in clips if clip.applied and clip.clip_coef is not None]
         yield Fact("clipped", (f"{len(applied):,} of {len(clips):,} steps ({len(applied) / len(clips):.1%})",))
         if applied:

@@ -21,6 +21,8 @@ EXCESS = 1e-3
 """Relative excess over the declared max_norm that is still taken for rounding."""
 LEAST_SCALE = 16.0
 """A loss scale below this is not looked for in the effect of a clip."""
+LEAST_GUESS = 256.0
+"""Nor a power of two below this where no scaler is known: loops divide by the number of their passes."""
 LEAST_THRESHOLD = 1e-3
 """Nobody clips to less than this on purpose; a threshold that was not scaled with the losses is far below."""
 
@@ -63,6 +65,7 @@ class Clips:
         self._names = names
         self._windows = windows
         self._excesses: dict[str, _Excess] = {}  # by optimizer
+        self._outside: dict[str, str] = {}  # the cause of the newest excess that a clip outside the window explained
         self._inside: list[_Inside] = []
         self._touched: set[int] = set()  # written to by somebody in the middle of a window
 
@@ -87,6 +90,7 @@ class Clips:
         given = fact.given or members
         for name, excess in list(self._excesses.items()):
             if not given or given & excess.spent:
+                self._outside[name] = rule
                 yield from self._explain(name, rule, fact.max_norm)
 
     def step(self, fact: Step) -> Iterable[Finding]:
@@ -102,9 +106,9 @@ class Clips:
         self._inside = [one for one in self._inside if one.members]
 
     def close(self) -> Iterable[Finding]:
-        """The end of the loop: excesses that nobody has explained."""
+        """The end of the loop: nothing comes to explain the last excess, so it has the cause of those before."""
         for name in list(self._excesses):
-            yield from self._explain(name, "clip_ineffective")
+            yield from self._explain(name, self._outside.get(name, "clip_ineffective"))
 
     def _exceeds(self, fact: Step, clips: Sequence[_Inside]) -> Iterable[Finding]:
         limit, spent = fact.max_norm, fact.norms.keys()
@@ -158,8 +162,10 @@ class Clips:
         if not (0 < now < math.inf and math.isfinite(clip.norms[index])):
             return 1.0
         factor = clip.norms[index] * clip.coefficient / now
-        scale = fact.loss_scale if fact.loss_scale > 1 else 2.0 ** round(math.log2(factor)) if factor > 0 else 1.0
-        return scale if scale >= LEAST_SCALE and abs(factor / scale - 1) < 10 * EXCESS else 1.0
+        known = fact.loss_scale > 1
+        scale = fact.loss_scale if known else 2.0 ** round(math.log2(factor)) if factor > 0 else 1.0
+        least = LEAST_SCALE if known else LEAST_GUESS
+        return scale if scale >= least and abs(factor / scale - 1) < 10 * EXCESS else 1.0
 
     def _scaled_by(self, fact: Step, factor: float, threshold: float) -> Finding:
         message = (

@@ -67,11 +67,12 @@ class Gradients:
     def step(self, fact: Step) -> Iterable[Finding]:
         """Takes a step."""
         held = fact.norms.keys() | fact.empty
-        if not any(norm != 0 for norm in fact.norms.values()):
+        spends = any(norm != 0 for norm in fact.norms.values())
+        if not spends:
             yield from self._nothing(fact, held)
         if not fact.skipped:
             yield from self._spent_again(fact)
-            if self._accumulate > 1 and not fact.closure:
+            if spends and self._accumulate > 1 and not fact.closure:
                 yield from self._window(fact)
             self._spend(fact)
         self.windows.spend(held)
@@ -155,7 +156,7 @@ class Gradients:
                 "the gradient that was meant."
             )
             yield Finding("window_size", fact.step, message, indices)
-        lost = len(wiped)
+        lost = len(set(wiped) - self._spent - self._aside - self._unsound)
         if 0 < lost < declared and 0 < len(inside) < declared <= lost + len(inside):
             indices = tuple(index for index in fact.norms if self.windows.wiped({index}))
             message = (

@@ -20,7 +20,7 @@ MOST_ROWS, HEAD, TAIL = 40, 13, 13
 SAMPLE = 1_000
 PROFILE_WIDTH = 60
 BLOCKS, ZERO, NOT_FINITE = "▁▂▃▄▅▆▇█", "·", "!"
-_ASCII = str.maketrans(BLOCKS + ZERO + "…−‖±×", "_.-:=+*#0~-|~x")
+_ASCII = str.maketrans(BLOCKS + ZERO + "…−‖±×", "_.-:=+*#0~-|~x") | {ord("χ"): "chi", ord("₁"): "_1"}
 
 
 class ConsoleSink:
@@ -35,7 +35,7 @@ class ConsoleSink:
         >>> sink = ConsoleSink()
         >>> sink.write(StepRecord(0, ClipRecord("norm", 2.0, 1.0, 4.0, 0.25, applied=True, total_norm_after=1.0)))
         >>> sink.write(RunEnd("finished", "", 1, Verdict("healthy", 0, "healthy")))
-        clipped 1 of 1 steps, median coefficient 0.25, max_norm 1.0
+        clipped 1 of 1 steps, median coefficient 0.25, max_norm 1
         violations: none
         verdict: healthy
     """
@@ -53,7 +53,7 @@ class ConsoleSink:
         elif isinstance(event, Violation):
             self._remember(event)
         elif isinstance(event, RunEnd):
-            self._say("\n".join(self._report(event)))
+            say(self._write, "\n".join(self._report(event)))
 
     def close(self) -> None:
         """Nothing to release."""
@@ -64,17 +64,14 @@ class ConsoleSink:
             self._remember(violation)
         for one in record.diagnoses:
             if one.confirmed and one.cleared is not None:
-                self._say(_clean(f"step {record.step}: {one.condition} has cleared; it stood since step {one.step}."))
+                say(
+                    self._write,
+                    _clean(f"step {record.step}: {one.condition} has cleared; it stood since step {one.step}."),
+                )
 
     def _remember(self, violation: Violation) -> None:
         key = (violation.rule, violation.parameters)
         self._violations[key] = replace(self._violations.get(key, violation), count=violation.count)
-
-    def _say(self, text: str) -> None:
-        try:
-            self._write(text)
-        except UnicodeEncodeError:  # a terminal or a file that takes ASCII only
-            self._write(text.translate(_ASCII).encode("ascii", "replace").decode())
 
     def _report(self, end: RunEnd) -> list[str]:
         width = self._width or console_width()
@@ -148,12 +145,20 @@ class _Account:
         assert self.last is not None
         clip = self.last.clip
         norms = f"largest norm {self.largest:.3g}"
-        if clip.max_norm is None:
+        if clip.rule == "none":
             typical = f"median norm {median(self.norms.values):.3g}, " if self.norms.values else ""
             return f"no clipping in {self.steps} steps, {typical}{norms}"
         told = f"median coefficient {median(self.coefficients.values):.3g}" if self.coefficients.values else norms
-        rule = f"max_norm {float(clip.max_norm)}" + ("" if clip.norm_type == 2 else f", norm_type {clip.norm_type:g}")
-        return f"clipped {self.coefficients.seen} of {self.steps} steps, {told}, {rule}"
+        by = "" if clip.rule == "norm" else f"by {clip.rule}, "
+        return f"clipped {self.coefficients.seen} of {self.steps} steps, {told}, {by}{clip.terms}"
+
+
+def say(write: Callable[[str], object], text: str) -> None:
+    """Writes a text, in ASCII where a terminal or a file takes nothing else."""
+    try:
+        write(text)
+    except UnicodeEncodeError:
+        write(text.translate(_ASCII).encode("ascii", "replace").decode())
 
 
 def console_width() -> int:

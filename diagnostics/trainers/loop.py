@@ -7,23 +7,24 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.clip_rules import ClipByNorm, ClipRule
+from diagnostics.first_pass import Preflight, preflight
 from diagnostics.ledger import is_alarm
 from diagnostics.monitor import Monitor
-from diagnostics.records import SEVERITY_NAMES
+from diagnostics.records import SEVERITY_NAMES, RunInfo
+from diagnostics.trainers.mistakes import ABOUT_CLIPPING, MISTAKES, WITH_A_SCALER, WITHIN_A_WINDOW, Acts
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress
 from diagnostics.trainers.schedules import SCHEDULES, make_schedule
 from diagnostics.trainers.tasks import Batch, Task
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MISTAKES = ("none", "missing_zero_grad", "clip_after_step")
 # What a sweep may optimise, with the value that stands for a run that broke: the worst there is.
 OBJECTIVES: Mapping[str, float] = {"eval/loss": math.inf, "eval/accuracy": -math.inf}
 LEAST = {
@@ -67,8 +68,10 @@ class TrainerSettings:
         seed: Decides the initial weights and the order of the batches.
         device: ``auto`` (a CUDA GPU where there is one, else the CPU) or what ``torch.device`` takes.
         threads: CPU threads that share one operation.
-        mistake: ``none``, or a mistake to make on purpose: ``missing_zero_grad`` never clears the gradients,
-            ``clip_after_step`` clips when it is too late.
+        preflight: Whether to look at the initial weights before training and say what the gradient does in them, see
+            :func:`look`.
+        mistake: ``none``, or a mistake to make on purpose, called after the rule of the loop that it breaks: see
+            :data:`diagnostics.trainers.mistakes.MISTAKES`.
         objective: What a sweep optimises: ``eval/loss`` or ``eval/accuracy``.
 
     Raises:
@@ -92,6 +95,7 @@ class TrainerSettings:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
+    preflight: bool = False
     mistake: str = "none"
     objective: str = "eval/loss"
 
@@ -110,8 +114,12 @@ class TrainerSettings:
     def _refuse_pairs(self) -> None:
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches must divide batch_size, {self.batch_size}; got {self.micro_batches}.")
-        if self.precision == "fp16" and self.mistake == "clip_after_step":
-            raise ValueError("precision must be fp32 or bf16 with mistake=clip_after_step; got 'fp16'.")
+        if self.precision == "fp16" and self.mistake in ABOUT_CLIPPING - {WITH_A_SCALER}:
+            raise ValueError(f"precision must be fp32 or bf16 with mistake={self.mistake}; got 'fp16'.")
+        if self.precision != "fp16" and self.mistake == WITH_A_SCALER:
+            raise ValueError(f"precision must be fp16 with mistake={self.mistake}; got {self.precision!r}.")
+        if self.micro_batches < 2 and self.mistake in WITHIN_A_WINDOW:
+            raise ValueError(f"micro_batches must be at least 2 with mistake={self.mistake}; got 1.")
 
 
 def choose_device(name: str) -> torch.device:
@@ -195,7 +203,7 @@ def train(
         optimizer: Holds the model's parameters.
         monitor: Watches them; it clips as it was told when it was made, with the same micro-batches and scaler.
         settings: Everything else.
-        clip: The rule that ``mistake="clip_after_step"`` applies too late, if it clips by norm.
+        clip: The rule that a mistake about clipping applies too late, too early or in part, if it clips by norm.
         scaler: What :func:`make_scaler` gave.
         stop_when_sick: Whether to end the run early once a diagnosis has stood for ``settings.patience`` steps.
 
@@ -204,6 +212,8 @@ def train(
     """
     device = next(model.parameters()).device
     batches = task.batches(settings.batch_size, settings.seed)
+    acts = Acts(settings.mistake, model, optimizer, monitor, clip if isinstance(clip, ClipByNorm) else None, scaler)
+    acts.prepare()
     schedule = make_schedule(optimizer, settings.schedule, steps=settings.steps, warmup_steps=settings.warmup_steps)
     # Only now: hooks that the Monitor registers after the first compiled call would never fire.
     forward = torch.compile(model) if settings.compile else model
@@ -211,22 +221,18 @@ def train(
         for step in range(settings.steps):
             evaluates = step % settings.evaluate_every == 0 or step == settings.steps - 1
             metrics = evaluate(model, task, settings.precision) if evaluates else {}
-            if settings.mistake != "missing_zero_grad":
-                optimizer.zero_grad()
-            loss = _backward(forward, task, next(batches), settings, device=device, scaler=scaler)
-            if settings.mistake == "clip_after_step" and isinstance(clip, ClipByNorm):
-                optimizer.step()
-                monitor.clip_grad_norm_(model.parameters(), clip.max_norm, clip.norm_type)
+            acts.begin()
+            loss = _backward(forward, task, next(batches), settings, acts, device=device)
+            record = acts.step(loss, metrics)
+            if record is not None and not record.skipped:  # torch warns of a schedule ahead of its optimizer
                 schedule.step()
-                progress.advance(loss=None)
-                continue
-            record = monitor.clip_and_step(loss=loss, metrics=metrics)
-            if not record.skipped:  # torch warns of a schedule that is ahead of its optimizer
-                schedule.step()
-            progress.advance(record.loss)
+            progress.advance(None if record is None else record.loss)
             if stop_when_sick and (reason := incurable(monitor, settings.patience)):
                 monitor.close("stopped", reason)
                 break
+    if settings.mistake == "dropped_window":
+        acts.begin()
+        _backward(forward, task, next(batches), replace(settings, mistake="none", micro_batches=1), acts, device=device)
     return evaluate(model, task, settings.precision)
 
 
@@ -246,19 +252,44 @@ def _backward(
     task: Task,
     batch: Batch,
     settings: TrainerSettings,
+    acts: Acts,
     *,
     device: torch.device,
-    scaler: torch.amp.GradScaler | None,
 ) -> Tensor:
     """Adds the gradients of the mean loss over the batch, a part of it at a time; that loss."""
-    losses = []
-    parts = (tensor.to(device).chunk(settings.micro_batches) for tensor in batch)
+    losses: list[Tensor] = []
+    scaler, passes = acts.scaler, settings.micro_batches + (settings.mistake == "window_size")
+    parts = (tensor.to(device).chunk(passes) for tensor in batch)
     for inputs, targets in zip(*parts, strict=True):
+        if losses:
+            acts.between()
         with autocast(settings.precision, device):
             loss = task.loss(forward(inputs), targets) / settings.micro_batches
-        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        if settings.mistake != "step_without_grads":
+            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return torch.stack(losses).sum()
+
+
+def look(model: nn.Module, task: Task, settings: TrainerSettings, run: RunInfo | None = None) -> Preflight:
+    """What :func:`diagnostics.preflight` says of the model on the first batch; training goes on as without it.
+
+    It looks in fp32 whatever the precision, since fp16 without its loss scale would add zeros of its own.
+
+    Example:
+        >>> from diagnostics.trainers.models import MLP
+        >>> from diagnostics.trainers.tasks import Digits
+        >>> task = Digits()
+        >>> look(MLP(task.inputs, task.outputs, depth=2), task, TrainerSettings()).verdict.condition
+        'healthy'
+    """
+    device = next(model.parameters()).device
+
+    def loss() -> Tensor:
+        inputs, targets = (tensor.to(device) for tensor in next(task.batches(settings.batch_size, settings.seed)))
+        return task.loss(model(inputs), targets)
+
+    return preflight(model, loss, run=run)
 
 
 def evaluate(model: nn.Module, task: Task, precision: str = "fp32") -> dict[str, float]:
