@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from diagnostics.records import WARNING
 from diagnostics.runlog import Run
 
 GOOD = 0.9
-"""A good outcome: this share of the best accuracy of all runs with the same task, optimizer and number of steps."""
+"""A good outcome: this share of the best accuracy of a healthy run with the same task, optimizer and steps."""
 ACCURACY = "eval/accuracy"
 
 
@@ -45,7 +46,10 @@ def _outcomes(stopped: Sequence[Run], runs: Sequence[Run]) -> str:
             f"What {len(stopped) - len(pairs)} of them would have become is not known: run the same with "
             "diagnostics.on_diagnosis=record, and report on both."
         )
-    reached = [(_accuracy(twin) / max(_best(twin, runs), 1e-9), run) for run, twin in pairs]
+    best = [_best(twin, runs) for _, twin in pairs]
+    if not all(best):
+        return "Nothing tells what a good outcome is: no healthy run has the same task, optimizer and number of steps."
+    reached = [(_accuracy(twin) / most, run) for (run, twin), most in zip(pairs, best, strict=True)]
     lost = [f"{_name(run)} ({share:.0%})" for share, run in reached if share >= GOOD]
     if lost:
         return f"{len(lost)} of them would have had a good outcome: {', '.join(lost)} of the best accuracy."
@@ -78,10 +82,13 @@ def _accuracy(run: Run) -> float:
 
 
 def _best(run: Run, runs: Sequence[Run]) -> float:
+    """The best accuracy of a healthy run under the same conditions; 0 if there is none."""
+
     def peers(one: Run) -> tuple[Any, ...]:
         return _section(one, "task"), _section(one, "optimizer"), _planned(one)
 
-    return max(_accuracy(one) for one in runs if peers(one) == peers(run))
+    sound = [one for one in runs if peers(one) == peers(run) and one.end and one.end.verdict.severity < WARNING]
+    return max(map(_accuracy, sound), default=0.0)
 
 
 def _name(run: Run) -> str:
