@@ -71,6 +71,7 @@ class Step:
         total_norm: Norm of all of them, of the declared type.
         max_norm: The declared threshold; None where nothing was declared.
         norm_type: The p of the norms.
+        resolution: Relative distance of neighbouring numbers in the coarsest dtype of the gradients.
         skipped: Whether nothing was spent after all.
         closure: Whether the step evaluated a closure, which runs the backward passes inside it.
         loss_scale: What the losses were multiplied by; 1.0 without a scaler.
@@ -89,6 +90,7 @@ class Step:
     total_norm: float = 0.0
     max_norm: float | None = None
     norm_type: float = 2.0
+    resolution: float = 0.0
     skipped: bool = False
     closure: bool = False
     loss_scale: float = 1.0

@@ -131,6 +131,7 @@ class Facts:
             total_norm=record.clip.total_norm_after,
             max_norm=observation.clipping.state.max_norm,
             norm_type=record.clip.norm_type,
+            resolution=max(map(statistics.resolution, {one.dtype for one in observation.gradients}), default=0.0),
             skipped=record.skipped,
             closure=closure,
             loss_scale=record.loss_scale,

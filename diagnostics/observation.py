@@ -46,6 +46,8 @@ class Catalogue:
         self._index = {id(tensor): index for index, tensor in enumerate(named.values())}
         self._homes = {name: owner.root for owner in self.owners for name in owner.parameters}
         self._inside = len(self.names)
+        places = {name: place for place, name in enumerate(self.names)}
+        self._of_owners = [[places[name] for name in owner.parameters] for owner in self.owners]
         self._pattern = None if pattern is None else re.compile(pattern)
         self._table: list[tuple[Layer, Call]] = []
         self._version = (-1, -1)
@@ -91,8 +93,7 @@ class Catalogue:
 
     def parameters_of(self, owners: Iterable[int]) -> frozenset[int]:
         """The parameters of some owners."""
-        places = {name: place for place, name in enumerate(self.names)}
-        return frozenset(places[name] for owner in owners for name in self.owners[owner].parameters)
+        return frozenset(index for owner in owners for index in self._of_owners[owner])
 
     def home(self, tensors: Sequence[Tensor]) -> int | None:
         """Which model all these parameters belong to; None if there is no single one."""

@@ -145,7 +145,7 @@ class Violation:
     """A rule of the training loop was broken.
 
     Attributes:
-        rule: Its name, e.g. ``"missing_zero_grad"``; contract.py lists them.
+        rule: Its name, e.g. ``"missing_zero_grad"``; ``diagnostics.rules.REMEDIES`` lists them.
         step: The first step at which it happened.
         parameters: Names of the parameters concerned.
         message: What happened, at which step, to which parameters, with a number.

@@ -38,6 +38,20 @@ def test_clipping_where_it_belongs_is_silent(own):
     assert found(monitor) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torchs_own_clip_of_half_types_rounds_and_is_silent(dtype):
+    model = nn.Linear(5, 1).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watching(model, optimizer, clip=ClipByNorm(0.3)) as monitor:
+        for _ in range(60):
+            optimizer.zero_grad()
+            (model(torch.randn(3, 5).to(dtype)) - 7).square().mean().backward()
+            clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+    assert max(one.clip.total_norm for one in monitor.records) > 0.3 * 1.001 or dtype == torch.float16
+    assert [rule for rule, _ in rules(monitor) if rule.startswith("clip_")] == []
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_clipping_after_the_step_is_found_at_the_first_step(declared):
     model = net()

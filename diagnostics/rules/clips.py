@@ -18,7 +18,7 @@ from diagnostics.rules import Finding, at, describe
 from diagnostics.rules.windows import Windows
 
 EXCESS = 1e-3
-"""Relative excess over the declared max_norm that is still taken for rounding."""
+"""Relative excess over the declared max_norm that is still taken for rounding; half types round more coarsely."""
 LEAST_SCALE = 16.0
 """A loss scale below this is not looked for in the effect of a clip."""
 LEAST_GUESS = 256.0
@@ -112,7 +112,8 @@ class Clips:
 
     def _exceeds(self, fact: Step, clips: Sequence[_Inside]) -> Iterable[Finding]:
         limit, spent = fact.max_norm, fact.norms.keys()
-        if not math.isfinite(fact.total_norm) or (limit is not None and fact.total_norm <= limit * (1 + EXCESS)):
+        tolerance = max(EXCESS, 4 * fact.resolution)  # torch takes norm and coefficient in the gradients' own dtype
+        if not math.isfinite(fact.total_norm) or (limit is not None and fact.total_norm <= limit * (1 + tolerance)):
             return
         if limit is None and clips:
             return

@@ -3,6 +3,11 @@
 By effect: a gradient that no optimizer spends is lawful where the loop moves the parameter by hand, a tensor that no
 model has is lawful in an optimizer where it gets gradients (a loss with parameters of its own). Parameters that are in
 no optimizer and get no gradient (an exponential average inside the model) are as good as frozen: nothing is said.
+
+Not seen: which modules ran and what is unregistered, where there are no forward hooks (``every=0``, a compiled model)
+or the model's own forward never runs; parameters inside a reentrant checkpoint; updates of sparse gradients, and those
+inside a closure's step. A gradient too small to move a number in float32 has converged or vanished, and is no matter
+of the loop.
 """
 
 from __future__ import annotations
