@@ -30,8 +30,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from diagnostics.configs import CONF, ConfigurationError, register_trainers, resolve, sentence
-from diagnostics.jobs import Job, describe_job, refusals
-from diagnostics.records import ContractError, DiagnosisError, DiagnosticsWarning, NonFiniteGradientError, RunInfo
+from diagnostics.jobs import Job, describe_job, recompose, refusals
+from diagnostics.records import (
+    WARNING,
+    ContractError,
+    DiagnosisError,
+    DiagnosticsWarning,
+    NonFiniteGradientError,
+    RunInfo,
+)
 from diagnostics.reports.page import PAGE
 from diagnostics.trainers.progress import write_line
 
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from diagnostics.clip_rules import ClipRule
+    from diagnostics.monitor import Monitor
     from diagnostics.sinks import Sink
     from diagnostics.trainers.loop import TrainerSettings
     from diagnostics.trainers.tasks import Task
@@ -113,23 +121,6 @@ def report() -> None:
         sys.exit(str(error))
 
 
-def explain() -> None:
-    """Prints what a condition or a rule of the loop means; without a name, which there are."""
-    import argparse
-
-    from diagnostics import explain as pages
-
-    parser = argparse.ArgumentParser(description="What a condition of the gradients or a rule of the loop means.")
-    parser.add_argument("name", nargs="*", help="as a message names it, e.g. vanishing; without, all are listed")
-    wanted = " ".join(parser.parse_args().name)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # as above
-    try:
-        print(pages.explain(wanted) if wanted else pages.contents())
-    except ValueError as error:
-        sys.exit(str(error))
-
-
 def job(config: DictConfig) -> float:
     """Hydra's task function: one run, from its configuration to the objective that a sweeper gets to see."""
     alone = HydraConfig.get().mode != RunMode.MULTIRUN
@@ -188,10 +179,35 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
             log({**evaluation, "optim_step": steps})
         shown = ", ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
         print(f"{info.name}: {shown} after {steps} steps")
+        if settings["diagnostics"]["second_opinion"] and monitor.verdict().severity >= WARNING:
+            _ask_again(place, monitor, steps)
         return loop.objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
     finally:
         if settings["sink"]["runlog"]:
             _print_page(place.directory / settings["sink"]["runlog"]["path"], place.directory / PAGE)
+
+
+def _ask_again(place: Job, monitor: Monitor, steps: int) -> None:
+    """Prints what each remedy of a sick run makes of it."""
+    from diagnostics.monitor import Monitor
+    from diagnostics.second_opinion import Outcome, accuracy_at, brief, second_opinion
+    from diagnostics.trainers import loop
+
+    steps = brief(steps)
+    quiet = (f"trainer.steps={steps}", "diagnostics.on_violation=record", "diagnostics.on_diagnosis=record")
+
+    def rerun(override: str) -> Outcome:
+        parts = assemble(resolve(recompose(place.overrides, [*override.split(), *quiet])))
+        with Monitor(parts.model, parts.optimizer, sinks=[], **parts.monitoring) as again:
+            evaluation = loop.train(
+                parts.model, parts.task, parts.optimizer, again, parts.trainer, clip=parts.clip, scaler=parts.scaler
+            )
+        return Outcome(evaluation["eval/accuracy"], again.verdict())
+
+    condition = monitor.verdict().condition
+    remedies = next(one.remedies for one in monitor.diagnoses if one.condition == condition and one.cleared is None)
+    for line in second_opinion(condition, remedies, rerun, accuracy_at(monitor.records, steps), steps):
+        print(line, flush=True)
 
 
 def assemble(settings: Mapping[str, Any]) -> Parts:
@@ -210,7 +226,9 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     trusted = (*OURS, *settings["trusted_packages"])
     task = build(settings["task"], "task", trusted=trusted)
     clip = build(settings["clip"], "clip") if settings["clip"] else None
-    monitoring = {key: value for key, value in settings["diagnostics"].items() if key != "thresholds"}
+    monitoring = {
+        key: value for key, value in settings["diagnostics"].items() if key not in ("thresholds", "second_opinion")
+    }
     stop_when_sick = monitoring["on_diagnosis"] == "stop"
     if stop_when_sick:
         monitoring["on_diagnosis"] = "warn"  # the Monitor says it, the loop acts on it

@@ -92,8 +92,9 @@ def _group_of_rules() -> Any:
 
 
 def _with_values(schema: type, file: str) -> Any:
-    """A schema with the values of a file under conf/, which are those of our own trainers."""
-    values = {str(key): value for key, value in OmegaConf.load(CONF / f"{file}.yaml").items() if key != "defaults"}
+    """A schema with the values that a file under conf/ has for its keys, which are those of our own trainers."""
+    known = {one.name for one in fields(schema)} - {"defaults"}
+    values = {str(key): value for key, value in OmegaConf.load(CONF / f"{file}.yaml").items() if key in known}
     return OmegaConf.merge(OmegaConf.structured(schema), values)
 
 

@@ -6,9 +6,12 @@ A page is a Markdown file with the sections Measure, Source, Bad, Good, Figure a
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
+import sys
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from diagnostics.conditions import CONDITIONS
@@ -135,3 +138,20 @@ def _indented(text: str) -> str:
 
 _CODE = ("Bad", "Good", "Figure")
 _TITLES = {"Measure": "How it is measured", "Bad": "A bad example", "Good": "A good example", "Try": "What to try"}
+
+
+def main() -> None:
+    """The command ``diagnostics-explain``: prints a page, or without a name which there are."""
+    parser = argparse.ArgumentParser(description="What a condition of the gradients or a rule of the loop means.")
+    parser.add_argument("name", nargs="*", help="as a message names it, e.g. vanishing; without, all are listed")
+    wanted = " ".join(parser.parse_args().name)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than a figure has
+    try:
+        sys.stdout.write((explain(wanted) if wanted else contents()) + "\n")
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

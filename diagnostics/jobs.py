@@ -10,12 +10,14 @@ import itertools
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -23,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diagnostics.configs import ConfigurationError
+from diagnostics.configs import CONF, ConfigurationError
 from diagnostics.records import RunInfo
 from diagnostics.runlog import log_file
 from diagnostics.sinks import Sink
@@ -125,6 +127,28 @@ def refusals(key: str, section: Mapping[str, Any]) -> Iterator[None]:
         said = str(error).splitlines()[0].rstrip(".")
         joint = "." if said.split(" ")[0] in section else ": "
         raise ConfigurationError(f"{key}{joint}{said}.") from error
+
+
+def recompose(overrides: Sequence[str], changes: Sequence[str]) -> DictConfig:
+    """The configuration of a run with some overrides changed.
+
+    Args:
+        overrides: The run's own.
+        changes: Take the place of those of the same key. One that chooses another option of a group also takes the
+            place of overrides of keys inside of it, which the new option may not have.
+    """
+    keys = [change.partition("=")[0] for change in changes]
+    kept = [one for one in overrides if not any(_is_inside(one.lstrip("+~").partition("=")[0], key) for key in keys)]
+    known = GlobalHydra.instance().is_initialized()
+    running: AbstractContextManager[Any] = (
+        nullcontext() if known else initialize_config_dir(str(CONF), version_base="1.3")
+    )
+    with running:
+        return compose("train", overrides=[*kept, *changes])
+
+
+def _is_inside(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
 
 
 class TellStopping(Callback):

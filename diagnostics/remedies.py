@@ -17,7 +17,7 @@ OURS = "diagnostics.trainers."
 _LEARNING_RATES = ("optimizer.lr", "optim.lr", "optimizer.learning_rate", "learning_rate", "lr")
 _MAX_NORMS = ("clip.max_norm", "diagnostics.clip.max_norm")
 _RECURRENT = ("rnn", "gru", "lstm")
-_USUAL_RATE = 0.001
+_USUAL_RATES = {"sgd": 0.03, "adam": 0.001, "adamw": 0.001}
 _ABSENT = object()
 
 
@@ -80,8 +80,11 @@ def prescribe(diagnosis: Diagnosis, run: RunInfo | None) -> Diagnosis:
     """
     setup = Setup({} if run is None else run.config)
     offered = [_offer(setup, text, overrides) for text, overrides in _tries(diagnosis, setup)]
-    remedies = dict.fromkeys(remedy for remedy in offered if remedy is not None)
-    return replace(diagnosis, remedies=tuple(remedies))
+    remedies: dict[str, Remedy] = {}
+    for remedy in offered:
+        if remedy is not None:
+            remedies.setdefault(remedy.override or remedy.text, remedy)
+    return replace(diagnosis, remedies=tuple(remedies.values()))
 
 
 Try = tuple[str, str]
@@ -132,8 +135,7 @@ def _slope(condition: str, setup: Setup) -> Iterator[Try]:
         yield from _warm_up(setup)
         yield _slower(setup)
     else:
-        yield _RESIDUAL[0], _own(setup, _RESIDUAL[1])
-        yield _NORMALISE[0], _own(setup, _NORMALISE[1])
+        yield from _structure(setup)
         yield (
             "use ReLU with the initialisation that keeps its gradient's variance (Kaiming)",
             _own(setup, "model.activation=relu model.init=kaiming"),
@@ -163,8 +165,7 @@ def _recurrent(condition: str, setup: Setup) -> Iterator[Try]:
 def _dead(setup: Setup, *, born: bool) -> Iterator[Try]:
     if not born:
         yield _slower(setup)
-    yield _RESIDUAL[0], _own(setup, _RESIDUAL[1])
-    yield _NORMALISE[0], _own(setup, _NORMALISE[1])
+    yield from _structure(setup)
     yield "use an activation without a flat half (GELU, leaky ReLU)", _own(setup, "model.activation=gelu")
     yield "initialise for the activation (Kaiming), with wider layers", _own(setup, "model.init=kaiming")
 
@@ -180,8 +181,18 @@ def _nonfinite(setup: Setup, *, forward: float | None) -> Iterator[Try]:
         yield "look for sqrt, norm, log or a division whose derivative is infinite at zero", ""
 
 
-_RESIDUAL = "add residual connections", "model.residual=true"
-_NORMALISE = "normalise between the layers", "model.norm=batch"
+def _structure(setup: Setup) -> Iterator[Try]:
+    """What carries a gradient through any depth.
+
+    With a wider initialisation residual connections double it at every layer: forty residual ReLU layers reached 0.97
+    of the digits with PyTorch's own and 0.24 with Kaiming's. In a convolutional network they do not pass the blocks
+    that change the resolution, so there normalisation comes first.
+    """
+    if setup.model == "cnn":
+        yield "normalise between the layers and add residual connections", "model.norm=batch model.residual=true"
+    residual = "add residual connections, with PyTorch's own initialisation"
+    yield residual, _own(setup, "model.residual=true model.init=default")
+    yield "normalise between the layers", _own(setup, "model.norm=batch")
 
 
 def _own(setup: Setup, overrides: str) -> str:
@@ -191,13 +202,16 @@ def _own(setup: Setup, overrides: str) -> str:
 
 def _adaptive(setup: Setup) -> Iterator[Try]:
     if setup.optimizer not in ("adam", "adamw"):
-        overrides = f"optimizer=adamw optimizer.lr={_USUAL_RATE}" if setup.model else ""
+        overrides = f"optimizer=adamw optimizer.lr={_USUAL_RATES['adamw']}" if setup.model else ""
         yield "use an optimizer that divides by the gradient's own size, such as AdamW", overrides
 
 
 def _slower(setup: Setup) -> Try:
     key = setup.first_number(*_LEARNING_RATES)
-    return "lower the learning rate", f"{key}={setup.get(key) / 10:.3g}" if key else ""
+    if key is None:
+        return "lower the learning rate", ""
+    rate = min(setup.get(key) / 10, _USUAL_RATES.get(setup.optimizer, math.inf))
+    return "lower the learning rate", f"{key}={rate:.3g}"
 
 
 def _warm_up(setup: Setup) -> Iterator[Try]:

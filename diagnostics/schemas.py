@@ -216,15 +216,22 @@ class ThresholdsConfig:
 
 
 @dataclass
-class DiagnosticsConfig:
-    """conf/diagnostics/standard.yaml."""
+class WatchingConfig:
+    """What every Monitor is told, ours and that of somebody else's app."""
 
     every: int = MISSING
     layers: str | None = None
     nonfinite: NonFinite = MISSING
     on_violation: Reaction = MISSING
-    on_diagnosis: TrainerReaction = MISSING
     thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
+
+
+@dataclass
+class DiagnosticsConfig(WatchingConfig):
+    """conf/diagnostics/standard.yaml."""
+
+    on_diagnosis: TrainerReaction = MISSING
+    second_opinion: bool = MISSING
 
 
 @dataclass
@@ -324,13 +331,13 @@ class MonitorSinksConfig:
 
 
 @dataclass
-class MonitorConfig(DiagnosticsConfig):
+class MonitorConfig(WatchingConfig):
     """The section ``diagnostics`` of somebody else's app."""
 
     _target_: str = "diagnostics.jobs.make_monitor"
     _partial_: bool = True
     _recursive_: bool = False  # each Monitor opens its own sinks, when it is made
-    on_diagnosis: Reaction = MISSING  # type: ignore[assignment]  # only our own loop can stop
+    on_diagnosis: Reaction = MISSING
     accumulate: int = 1
     clip: Any = MISSING
     sink: MonitorSinksConfig = field(default_factory=MonitorSinksConfig)

@@ -72,6 +72,7 @@ ORDER = (
     "schemas",
     "configs",
     "jobs",
+    "second_opinion",
     "cli",
     "outcomes",
 )
@@ -94,6 +95,7 @@ STEP_PATH = {*ORDER} - {
     "schemas",
     "configs",
     "jobs",
+    "second_opinion",
     "cli",
     "outcomes",
 }
@@ -126,6 +128,7 @@ WITHOUT_TORCH = (
     "reports.gather",
     "clip_schemas",
     "schemas",
+    "second_opinion",
 )
 
 HOMES = {

@@ -122,7 +122,7 @@ def _stalled(case: Case) -> tuple[list[float], list[LayerRecord]]:
     The quartile and not the median, since in a deep net that vanishes more than half of the layers stand still.
     """
     logs, layers = _update_ratios(case)
-    if not logs:
+    if not logs or max(logs) - min(logs) < case.thresholds.stalled_decades:
         return [], []
     usual = quantiles(logs, n=4, method="inclusive")[-1]
     return [usual - log for log in logs], layers
@@ -189,8 +189,8 @@ def _detached(case: Case) -> Diagnosis | None:
     if not cut or any(one.layer.name in case.memory.alive for one in cut):
         return None
     message = (
-        f"no gradient goes further back than depth {first.depth} ({first.name}): {places(cut)} trainable and never "
-        "reached. Look for detach(), no_grad(), .item(), .data, argmax or rounding between the two."
+        f"no gradient goes further back than depth {first.depth} ({first.name}); trainable and never reached: "
+        f"{places(cut)}. Look for detach(), no_grad(), .item(), .data, argmax or rounding between the two."
     )
     evidence = {"layers": float(len(cut)), "first_reached": float(first.depth), "threshold": 0.0}
     return case.finding("broken_at", SEVERE, cut[-1].layer.depth, evidence, message)
@@ -211,7 +211,10 @@ def _jump(case: Case) -> Diagnosis | None:
     sized = [(one, one.trunk_rms, one.output) for one in case.trunk]
     sizes = [(one, rms, rms * output.numel**0.5) for one, rms, output in sized if output and rms and math.isfinite(rms)]
     layers = [one for one, _, _ in sizes]
-    if len(layers) < _LEAST_FOR_A_JUMP or len(set(steps_back([one.layer for one in layers]))) < len(layers):
+    least = 10**case.thresholds.broken_decades
+    if len(layers) < _LEAST_FOR_A_JUMP or max(size[1] for size in sizes) < least * min(size[1] for size in sizes):
+        return None
+    if len(set(steps_back([one.layer for one in layers]))) < len(layers):
         return None
     columns = [[math.log10(size) for size in column] for column in zip(*(pair for _, *pair in sizes), strict=True)]
     jumps = [min(pair, key=abs) for pair in zip(*map(_jumps, columns), strict=True)]
