@@ -12,6 +12,7 @@ from torch import Tensor
 from diagnostics import statistics
 
 EPSILON = 1e-6
+SMALL = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def beyond(gradients: Sequence[Tensor], value: float) -> Tensor:
             groups.setdefault((part.device, part.dtype), []).append(place)
     found = torch.zeros(len(values), dtype=torch.bool, device=values[0].device if values else None)
     for (device, _), places in groups.items():
-        marks = torch.stack([_peak(values[place]) for place in places]) > value
+        marks = torch.stack(_peaks([values[place] for place in places])) > value
         if len(places) == len(values):
             return marks
         found = found.to(device).index_copy(0, torch.tensor(places, device=device), marks)
@@ -165,9 +166,11 @@ def real_values(gradient: Tensor) -> Tensor:
     return torch.view_as_real(values) if values.is_complex() else values
 
 
-def _peak(values: Tensor) -> Tensor:
-    low, high = torch.aminmax(values)
-    return torch.maximum(high, -low)
+def _peaks(values: Sequence[Tensor]) -> list[Tensor]:
+    """Largest magnitudes in the dtype of the values; small ones share a kernel, which is slow for large ones."""
+    few = [one for one in values if one.numel() <= SMALL]
+    small = iter(torch._foreach_norm(few, math.inf) if few else ())  # noqa: SLF001 -- as torch's own clip
+    return [next(small) if one.numel() <= SMALL else torch.maximum(one.amax(), -one.amin()) for one in values]
 
 
 def shares(norms: Sequence[float], total: float, norm_type: float) -> tuple[float, ...]:

@@ -116,8 +116,10 @@ class ClipRecord:
         limit = self.max_norm if self.threshold is None else self.threshold
         if self.rule == "none" or limit is None:
             return ""
-        name = {"norm": "max_norm", "value": "clip_value"}.get(self.rule, "last threshold")
-        return f"{name} {limit:g}" + ("" if self.norm_type == 2 else f", norm_type {self.norm_type:g}")
+        named = {"norm": f"max_norm {limit:g}", "value": f"clip_value {limit:g}"}
+        return named.get(self.rule, f"last threshold {limit:.3g}") + (
+            "" if self.norm_type == 2 else f", norm_type {self.norm_type:g}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

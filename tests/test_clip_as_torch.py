@@ -183,6 +183,17 @@ class TestValue:
         assert record.total_norm_after == pytest.approx(clip_gradients(ours, None).total_norm, rel=1e-6)
         assert not clip_gradients(ours, ClipByValue(0.3)).applied  # once is enough
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_one_element_of_many_is_found(self, dtype):
+        for sizes in ((5000, 3), (3, 5000), (4096, 4097), (5000, 5000)):
+            for place in (0, 1):
+                ours, theirs = twins(*(torch.zeros(size, dtype=dtype) for size in sizes))
+                for pair in (ours, theirs):
+                    pair[place].grad[-1] = -3.0
+                torch_clip_value(theirs, 2.0)
+                assert clip_gradients(ours, ClipByValue(2.0)).applied
+                same(ours, theirs)
+
     def test_a_single_tensor_and_parameters_without_gradient(self):
         ours, theirs = twins(torch.tensor([-5.0, 0.1, 5.0]))
         torch_clip_value(theirs[0], 1.0)
