@@ -110,14 +110,16 @@ def test_clipping_every_micro_batch_the_last_included_spends_what_was_declared(o
     assert found(monitor) == []
 
 
-def test_two_losses_with_the_clip_between_them_are_found():
+@pytest.mark.parametrize("part", ["all layers", "a layer in the middle"])
+def test_two_losses_with_the_clip_between_them_are_found(part):
     model = net()
     optimizer = sgd(model.parameters())
     with watching(model, optimizer, clip=ClipByNorm(MAX_NORM)) as monitor:
         for number in range(STEPS):
             optimizer.zero_grad()
             loss_of(model).backward()
-            monitor.clip_grad_norm_(model.parameters(), MAX_NORM)
+            clipped = model if part == "all layers" or number != 1 else model[2]
+            monitor.clip_grad_norm_(clipped.parameters(), MAX_NORM)
             if number == 1:
                 loss_of(model).backward()
             optimizer.step()

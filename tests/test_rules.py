@@ -260,3 +260,18 @@ def test_a_detached_loss_leaves_the_step_without_gradients():
             (loss_of(model).detach() * other).backward()
             optimizer.step()
     assert ("step_without_grads", 0, ()) in found(monitor)
+
+
+def test_a_look_by_autograd_grad_between_clearing_and_the_window_changes_nothing():
+    model = net()
+    optimizer = sgd(model.parameters())
+    with watching(model, optimizer, accumulate=2) as monitor:
+        for _ in range(STEPS):
+            loss_of(model).backward()  # for a picture
+            optimizer.zero_grad()
+            torch.autograd.grad(loss_of(model), list(model.parameters()))
+            for _ in range(2):
+                loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert found(monitor) == []
