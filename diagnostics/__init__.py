@@ -29,10 +29,10 @@ _HOMES = {
         "Verdict",
         "Violation",
     ],
-    "clip_groups": ["ClipByGroup"],
-    "clip_rules": ["ClipByNorm", "ClipByQuantile", "ClipByValue", "ClipByZScore", "ClipRule"],
+    "clipping.groups": ["ClipByGroup"],
+    "clipping.rules": ["ClipByNorm", "ClipByQuantile", "ClipByValue", "ClipByZScore", "ClipRule"],
     "clipping": ["clip_grad_norm_", "clip_gradients"],
-    "thresholds": ["Thresholds"],
+    "diagnosis.thresholds": ["Thresholds"],
     "diagnosis": ["diagnose"],
     "monitor": ["Monitor"],
     "first_pass": ["Preflight", "assert_healthy", "preflight"],
@@ -67,10 +67,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from diagnostics.clip_groups import ClipByGroup
-    from diagnostics.clip_rules import ClipByNorm, ClipByQuantile, ClipByValue, ClipByZScore, ClipRule
     from diagnostics.clipping import clip_grad_norm_, clip_gradients
+    from diagnostics.clipping.groups import ClipByGroup
+    from diagnostics.clipping.rules import ClipByNorm, ClipByQuantile, ClipByValue, ClipByZScore, ClipRule
     from diagnostics.diagnosis import diagnose
+    from diagnostics.diagnosis.thresholds import Thresholds
     from diagnostics.first_pass import Preflight, assert_healthy, preflight
     from diagnostics.monitor import Monitor
     from diagnostics.records import (
@@ -98,5 +99,4 @@ if TYPE_CHECKING:
     from diagnostics.sinks.memory import MemorySink
     from diagnostics.sinks.runlog import RunLogSink
     from diagnostics.sinks.wandb import WandbSink
-    from diagnostics.thresholds import Thresholds
     from diagnostics.watching import watch

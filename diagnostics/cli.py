@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import Optimizer
 
-    from diagnostics.clip_rules import ClipRule
+    from diagnostics.clipping.rules import ClipRule
     from diagnostics.monitor import Monitor
     from diagnostics.sinks import Sink
     from diagnostics.trainers.loop import TrainerSettings
@@ -221,8 +221,8 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
     """
     import torch
 
-    from diagnostics.clip_rules import ClipByNorm
-    from diagnostics.options import Options
+    from diagnostics.clipping.rules import ClipByNorm
+    from diagnostics.monitor.options import Options
     from diagnostics.trainers.loop import check_together, choose_device, make_scaler
 
     trainer = build(settings["trainer"], "trainer")
@@ -237,7 +237,7 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
         monitoring["on_diagnosis"] = "warn"  # the Monitor says it, the loop acts on it
     with refusals("diagnostics", monitoring):
         Options(**monitoring)
-    monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.thresholds")
+    monitoring["thresholds"] = build(settings["diagnostics"]["thresholds"], "diagnostics.diagnosis.thresholds")
     if trainer.mistake.startswith("clip_") and not isinstance(clip, ClipByNorm):
         raise ConfigurationError(f"trainer.mistake={trainer.mistake} needs a norm to clip with; add clip=norm.")
     with refusals("trainer", settings["trainer"]):

@@ -19,11 +19,13 @@ from torch.nn.parameter import is_lazy
 from diagnostics import diagnosis, meanfield, statistics
 from diagnostics.depth import Call
 from diagnostics.diagnosis import State
+from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.hooks import Watcher
+from diagnostics.hooks.passes import BackwardPass
 from diagnostics.meanfield import Stack
-from diagnostics.observation import Catalogue, Observation
-from diagnostics.options import models_of
-from diagnostics.passes import BackwardPass
+from diagnostics.monitor.observation import Catalogue, Observation
+from diagnostics.monitor.options import models_of
+from diagnostics.monitor.unit import Unit
 from diagnostics.records import (
     SOLE_OPTIMIZER,
     WARNING,
@@ -37,8 +39,6 @@ from diagnostics.records import (
     Verdict,
 )
 from diagnostics.sinks.console import console_width, depth_table, diagnosis_lines, paragraph
-from diagnostics.thresholds import Thresholds
-from diagnostics.unit import Unit
 
 _UNITS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weights have one row per unit."""

@@ -203,11 +203,11 @@ def make_monitor(
         >>> make_monitor(model, optim.SGD(model.parameters()), clip=None, sink={}, every=1).close()
     """
     from diagnostics.monitor import Monitor  # noqa: PLC0415 -- loads torch, which composing does not need
-    from diagnostics.options import Options  # noqa: PLC0415 -- likewise
+    from diagnostics.monitor.options import Options  # noqa: PLC0415 -- likewise
 
     plain: dict[str, Any] = {name: one.name if isinstance(one, Enum) else one for name, one in options.items()}
     plain["clip"] = _build(clip, "diagnostics.clip") if clip else None
-    plain["thresholds"] = _build(thresholds, "diagnostics.thresholds") if thresholds else None
+    plain["thresholds"] = _build(thresholds, "diagnostics.diagnosis.thresholds") if thresholds else None
     with refusals("diagnostics", plain):
         Options(**{one.name: plain[one.name] for one in fields(Options) if one.name in plain})
     if "run" not in plain:

@@ -20,7 +20,7 @@ class Layer:
         name: Qualified module name; ``name@k`` for the k-th call when a module is called more than once in one pass.
         kind: Class of the module, e.g. ``"Linear"``.
         parameters: Qualified names of the parameters that the module owns; empty at a later call of the same module.
-        trunk: Whether the layer counts in the fit over depth; depth.py says which do not.
+        trunk: Whether the layer counts in the fit over depth; the package depth says which do not.
         steps_back: How many layers of the trunk the gradient passes on its longest way from the loss before it reaches
             this one; equal for layers that stand side by side. None where the order of the calls stands in for it.
 

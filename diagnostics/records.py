@@ -147,7 +147,7 @@ class Violation:
     """A rule of the training loop was broken.
 
     Attributes:
-        rule: Its name, e.g. ``"missing_zero_grad"``; ``diagnostics.rules.REMEDIES`` lists them.
+        rule: Its name, e.g. ``"missing_zero_grad"``; ``diagnostics.contract.rules.REMEDIES`` lists them.
         step: The first step at which it happened.
         parameters: Names of the parameters concerned.
         message: What happened, at which step, to which parameters, with a number.
@@ -176,7 +176,7 @@ class Diagnosis:
     """A condition that the records of a run show.
 
     Attributes:
-        condition: Its name, e.g. ``"vanishing"``; diagnosis.py lists them.
+        condition: Its name, e.g. ``"vanishing"``; the package diagnosis lists them.
         severity: 1 notice, 2 warning, 3 severe, 4 non-finite.
         step: Onset: the first recorded step that showed it without a break since.
         depth: The layer where it is worst, where there is one.

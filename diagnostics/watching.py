@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diagnostics.ledger import ending
 from diagnostics.monitor import Monitor
+from diagnostics.monitor.ledger import ending
 
 _watched: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
 

@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from diagnostics import Monitor, forward
+from diagnostics import Monitor
+from diagnostics.depth import forward
 from diagnostics.trainers.cnn import CNN
 from diagnostics.trainers.gpt import GPT
 from diagnostics.trainers.models import MLP
@@ -856,7 +857,9 @@ def test_the_layers_option_fits_what_it_chooses_without_gaps():
 
 
 def test_a_graph_that_cannot_be_read_leaves_the_order_of_calls(monkeypatch):
-    monkeypatch.setattr("diagnostics.forward.find_trunk", lambda *_: (_ for _ in ()).throw(AttributeError("name")))
+    monkeypatch.setattr(
+        "diagnostics.depth.forward.find_trunk", lambda *_: (_ for _ in ()).throw(AttributeError("name"))
+    )
     record = watched(MLP(WIDTH, 3, depth=4, width=WIDTH, residual=True), squares)
     assert all(one.layer.trunk and one.layer.steps_back is None for one in record.layers)
     assert record.fit.depths == 5

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diagnostics import ClipByNorm, NonFiniteGradientError, clip_grad_norm_, clip_gradients
-from diagnostics.norms import p_norm, shares
+from diagnostics.clipping.norms import p_norm, shares
 
 PROPERTY = settings(deadline=None, max_examples=80)
 FULL = (torch.float32, torch.float64)

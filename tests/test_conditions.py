@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from diagnostics import ClipByNorm, DiagnosticsWarning, Monitor
-from diagnostics.conditions import AT_EVERY_STEP, AT_RECORDED_STEPS, CONDITIONS
 from diagnostics.diagnosis import State, advance, diagnose, verdict
+from diagnostics.diagnosis.conditions import AT_EVERY_STEP, AT_RECORDED_STEPS, CONDITIONS
+from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.records import (
     NOTICE,
     SEVERE,
@@ -24,7 +25,6 @@ from diagnostics.records import (
     Layers,
     StepRecord,
 )
-from diagnostics.thresholds import Thresholds
 from diagnostics.trainers.gpt import GPT
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.recurrent import LSTM

@@ -129,10 +129,10 @@ def test_every_file_has_the_keys_of_its_schema():
 
 
 def test_the_schema_offers_what_the_code_offers():
-    from diagnostics.clip_groups import GROUPINGS
-    from diagnostics.clip_rules import TARGETS
     from diagnostics.clip_schemas import ClipGrouping, ClipTarget
-    from diagnostics.options import NONFINITE_POLICIES, REACTIONS
+    from diagnostics.clipping.groups import GROUPINGS
+    from diagnostics.clipping.rules import TARGETS
+    from diagnostics.monitor.options import NONFINITE_POLICIES, REACTIONS
     from diagnostics.trainers.loop import MISTAKES, PRECISIONS
     from diagnostics.trainers.models import ACTIVATIONS, GAINS, INITS, NORMS
     from diagnostics.trainers.schedules import SCHEDULES
@@ -159,7 +159,7 @@ def test_defaults_of_the_thresholds_are_the_library_s_own():
     from diagnostics import Thresholds
 
     section = resolve(composed())["diagnostics"]["thresholds"]
-    assert build(section, "diagnostics.thresholds") == Thresholds()
+    assert build(section, "diagnostics.diagnosis.thresholds") == Thresholds()
 
 
 def test_our_trainer_and_the_group_for_other_people_s_apps_live_in_one_process():

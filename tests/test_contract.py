@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.acts import Backward, Clip, Step
 from diagnostics.contract import Contract
-from diagnostics.rules import describe
+from diagnostics.contract.acts import Backward, Clip, Step
+from diagnostics.contract.rules import describe
 
 NAMES = ["a", "b"]
 

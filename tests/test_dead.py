@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diagnostics import Monitor
-from diagnostics.dead import DEAD_WINDOW, DeadUnits, row_share, row_sizes
 from diagnostics.depth import find_owners, unit_weights
+from diagnostics.statistics.dead import DEAD_WINDOW, DeadUnits, row_share, row_sizes
 
 
 def shares(model, loss, steps=DEAD_WINDOW, **options):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.diagnosis import State, advance, diagnose, fit_depth, verdict
+from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.records import (
     ClipRecord,
     GradientStats,
@@ -19,7 +20,6 @@ from diagnostics.records import (
     StepRecord,
     Violation,
 )
-from diagnostics.thresholds import Thresholds
 
 CLIP = ClipRecord("none", 2.0, None, 1.0, None, applied=False, total_norm_after=1.0)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diagnostics import Monitor, contract
-from diagnostics.conditions import CONDITIONS
+from diagnostics.diagnosis.conditions import CONDITIONS
 from diagnostics.explain import AROUND, HEALTHY, LOOP, SECTIONS, contents, explain, main, names, page
 from diagnostics.records import WARNING
 

@@ -288,7 +288,7 @@ def test_copies_of_a_watched_model_carry_hooks_that_do_nothing(mlp):
 
 def test_a_failing_hook_never_reaches_the_backward_pass_and_is_told_once(mlp, monkeypatch):
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
-    monkeypatch.setattr("diagnostics.magnitudes.take_apart", lambda _: 1 / 0)
+    monkeypatch.setattr("diagnostics.statistics.magnitudes.take_apart", lambda _: 1 / 0)
     monitor = Monitor(mlp, optimizer, sinks=[], every=1)
     mlp(torch.randn(2, 4)).sum().backward()
     monkeypatch.undo()

@@ -7,10 +7,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from diagnostics.cli import assemble
-from diagnostics.conditions import CONDITIONS
 from diagnostics.configs import CONF, resolve
+from diagnostics.diagnosis.conditions import CONDITIONS
+from diagnostics.diagnosis.remedies import prescribe
 from diagnostics.records import Diagnosis, RunInfo
-from diagnostics.remedies import prescribe
 
 RUNS = {
     "mlp": (),

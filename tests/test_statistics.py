@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diagnostics.magnitudes import FRACTION_SAMPLE, Profile, profiles, take_apart
 from diagnostics.statistics import (
     UPDATE_SAMPLE,
     Reader,
@@ -27,6 +26,7 @@ from diagnostics.statistics import (
     total_norm,
     trusted,
 )
+from diagnostics.statistics.magnitudes import FRACTION_SAMPLE, Profile, profiles, take_apart
 
 PROPERTY = settings(deadline=None, max_examples=100)
 NORM_TYPES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, math.inf)

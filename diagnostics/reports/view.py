@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from diagnostics.diagnosis import State, advance, verdict
+from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.records import (
     NONFINITE,
     SEVERITY_NAMES,
@@ -27,7 +28,6 @@ from diagnostics.records import (
 from diagnostics.reports.drawing import INK, to_svg
 from diagnostics.reports.figures import depth_profile, heatmap, norms
 from diagnostics.runlog import Run
-from diagnostics.thresholds import Thresholds
 
 TONES = ("calm", "notice", "warning", "severe", "severe")
 READING = {

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.clip_rules import ClipByNorm, ClipRule
+from diagnostics.clipping.rules import ClipByNorm, ClipRule
 from diagnostics.first_pass import Preflight, preflight
-from diagnostics.ledger import is_alarm
 from diagnostics.monitor import Monitor
+from diagnostics.monitor.ledger import is_alarm
 from diagnostics.records import SEVERITY_NAMES, RunInfo
 from diagnostics.trainers.mistakes import ABOUT_CLIPPING, MISTAKES, WITH_A_SCALER, WITHIN_A_WINDOW, Acts
 from diagnostics.trainers.models import MLP

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagnostics.clipping import ClipByNorm, clip_gradients
+from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.monitor import Monitor
 from diagnostics.records import ClipRecord, Diagnosis, Violation
-from diagnostics.thresholds import Thresholds
 from diagnostics.trainers.tasks import Batch, Inputs
 
 Write: TypeAlias = Callable[[str], object]

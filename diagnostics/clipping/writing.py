@@ -1,0 +1,249 @@
+"""One step's clipping: measured, decided, done. The only code that writes gradients.
+
+Gradients are touched only when ``clip_coef = max_norm / (total_norm + 1e-6) < 1`` (by value: when an element is beyond
+the limit) and never on the word of a norm that is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diagnostics import statistics
+from diagnostics.clipping.groups import GroupState
+from diagnostics.clipping.norms import GradientNorms, NormReading, p_norm, real_values, shares
+from diagnostics.clipping.state import ClipState, Member
+from diagnostics.records import ClipRecord
+
+
+class _Part(NamedTuple):
+    """Gradients that are clipped together."""
+
+    name: str
+    state: ClipState
+    places: Sequence[int]
+    reading: NormReading
+
+
+class Clipping:
+    """The gradients of one step between measuring and clipping: :meth:`settle`, then :meth:`clip`.
+
+    Args:
+        gradients: The gradients.
+        state: The rule at work.
+        reader: Who brings the numbers; it is asked at once.
+        members: Where each gradient's parameter belongs; needed by rules that clip by group.
+        euclidean: Measure 2-norms too where the rule looks at others.
+        scale: An AMP loss scale that the gradients are still multiplied by; their norms are divided by it.
+    """
+
+    def __init__(
+        self,
+        gradients: Sequence[Tensor],
+        state: ClipState,
+        reader: statistics.Reader,
+        *,
+        members: Sequence[Member] = (),
+        euclidean: bool = False,
+        scale: Tensor | None = None,
+    ) -> None:
+        self.state = state
+        self._count = len(gradients)
+        self._reader = reader
+        groups = state.split(members) if isinstance(state, GroupState) else [("", state, range(self._count))]
+        self.parts = [_part(name, at_work, places, gradients) for name, at_work, places in groups]
+        wanted = euclidean or isinstance(state, GroupState)
+        self._euclidean = [
+            NormReading(part.reading.gradients) if wanted and part.reading.norm_type != 2 else part.reading
+            for part in self.parts
+        ]
+        self._readings = {reading: reader.ask(reading.tensor()) for reading in self._every()}
+        self._scale = None if scale is None else reader.ask(scale)
+        self._norms: dict[NormReading, GradientNorms] = {}
+
+    @property
+    def scale(self) -> float:
+        """What the gradients are still multiplied by."""
+        return 1.0 if self._scale is None else self._scale.values[0]
+
+    @property
+    def norms(self) -> list[GradientNorms]:
+        """The norms by part."""
+        return [self._norms[part.reading] for part in self.parts]
+
+    @property
+    def by_gradient(self) -> list[float]:
+        """The norm of each gradient, of its own part's type."""
+        return self._scattered([one.parameters for one in self.norms])
+
+    @property
+    def euclidean(self) -> tuple[list[float], list[int]]:
+        """The 2-norm of each gradient, and how many of its elements are not finite."""
+        norms = [self._norms[reading] for reading in self._euclidean]
+        return self._scattered([one.parameters for one in norms]), self._scattered([one.nonfinite for one in norms])
+
+    @property
+    def total(self) -> float:
+        """The norm of all gradients, of the rule's type."""
+        if not isinstance(self.state, GroupState):
+            return self.norms[0].total
+        return p_norm(self._sizes(), self.state.norm_type)
+
+    def tensor(self) -> Tensor:
+        """The norm as torch returns it."""
+        return self.parts[0].reading.total_of(self.norms[0])
+
+    def settle(self, zero: Callable[[int], bool] | None = None) -> None:
+        """Reads the norms; a second time and in float64 where fp32 may not have held them.
+
+        Args:
+            zero: Look at each gradient's norm as well, and believe one of 0 where this says so.
+        """
+        suspects: dict[NormReading, list[int]] = {}
+        for reading, places in self._every().items():
+            known = None if zero is None else lambda place, places=places: zero(places[place])
+            suspects[reading] = reading.suspects(self._readings[reading].values, known)
+        again = {one: self._reader.ask(one.exact(found)) for one, found in suspects.items() if found}
+        for reading, found in suspects.items():
+            rescued = again[reading].values if found else ()
+            norms = reading.norms(self._readings[reading].values, found, rescued)
+            self._norms[reading] = norms.divided(self.scale, reading.max_norm) if self._scale is not None else norms
+
+    def clip(self, *, write: bool = True) -> ClipRecord:
+        """Clips as the rule says, if the norm is finite.
+
+        Args:
+            write: False only says what the rule thinks of gradients that somebody else is responsible for.
+
+        Returns:
+            What was seen and done; shares are by gradient.
+        """
+        records = [self._clip(part, norms, write=write) for part, norms in zip(self.parts, self.norms, strict=True)]
+        if not isinstance(self.state, GroupState):
+            return records[0]
+        total, after = self.total, self._total_after(records)
+        return ClipRecord(
+            rule="group",
+            norm_type=self.state.norm_type,
+            max_norm=None,
+            total_norm=total,
+            clip_coef=after / total if total else 1.0,
+            applied=any(record.applied for record in records),
+            total_norm_after=after,
+            shares=shares(self._sizes(), total, self.state.norm_type),
+            parts=tuple(records),
+        )
+
+    def enter(self, total_norm: float) -> None:
+        """After a step that was taken: lets the rule remember its norm; each group of several has its own."""
+        if not isinstance(self.state, GroupState):
+            self.state.enter(total_norm)
+            return
+        for part, norms in zip(self.parts, self.norms, strict=True):
+            part.state.enter(norms.total)
+
+    def _every(self) -> dict[NormReading, Sequence[int]]:
+        """All that is read, with the places of its gradients."""
+        readings = [part.reading for part in self.parts], self._euclidean
+        return {reading: part.places for some in readings for reading, part in zip(some, self.parts, strict=True)}
+
+    def _scattered(self, columns: Sequence[Sequence[Any]]) -> list[Any]:
+        if not isinstance(self.state, GroupState):
+            return list(columns[0])
+        found: list[Any] = [None] * self._count
+        for part, column in zip(self.parts, columns, strict=True):
+            for place, value in zip(part.places, column, strict=True):
+                found[place] = value
+        return found
+
+    def _sizes(self) -> list[float]:
+        """The norm of each gradient, of the whole rule's type where the parts were measured by it or in 2-norms."""
+        types = {part.state.norm_type for part in self.parts}
+        return self.by_gradient if types == {self.state.norm_type} else self.euclidean[0]
+
+    def _total_after(self, records: Sequence[ClipRecord]) -> float:
+        sizes, after = self._sizes(), []
+        for part, record in zip(self.parts, records, strict=True):
+            total = p_norm([sizes[place] for place in part.places], self.state.norm_type)
+            kept = record.total_norm_after / record.total_norm if record.applied else 1.0
+            after.append(total * kept)
+        return p_norm(after, self.state.norm_type)
+
+    def _clip(self, part: _Part, norms: GradientNorms, *, write: bool) -> ClipRecord:
+        state, total = part.state, norms.total
+        limit = state.limit(total)
+        record = ClipRecord(
+            rule=state.kind,
+            norm_type=state.norm_type,
+            max_norm=None if limit is None else limit.max_norm,
+            total_norm=total,
+            clip_coef=None,
+            applied=False,
+            total_norm_after=total,
+            threshold=state.clip_value if limit is None else limit.threshold,
+            shares=shares(norms.parameters, total, state.norm_type),
+            group=part.name,
+        )
+        write &= math.isfinite(total)
+        if state.clip_value is not None:
+            return self._by_value(record, part.reading, norms, state.clip_value, write=write)
+        if limit is None:
+            return record
+        coefficient = norms.coefficient
+        if coefficient is None:  # a threshold that follows the norm may be far below torch's epsilon
+            coefficient = limit.max_norm / total if total else math.inf
+        if not write or coefficient >= 1:
+            return replace(record, clip_coef=coefficient)
+        _scale(part.reading, norms, coefficient)
+        return replace(record, clip_coef=coefficient, applied=True, total_norm_after=total * coefficient)
+
+    def _by_value(
+        self, record: ClipRecord, reading: NormReading, norms: GradientNorms, value: float, *, write: bool
+    ) -> ClipRecord:
+        if not norms.beyond:
+            return replace(record, clip_coef=1.0)
+        if not write:
+            return record
+        changed = [reading.gradients[place] for place in norms.beyond]
+        for gradient in changed:
+            _limit(gradient, value)
+        after = self._reader.ask(statistics.parameter_norms(changed)).values
+        total = p_norm(
+            [*{**dict(enumerate(norms.parameters)), **dict(zip(norms.beyond, after, strict=True))}.values()], 2
+        )
+        return replace(record, clip_coef=total / record.total_norm, applied=True, total_norm_after=total)
+
+
+def _part(name: str, state: ClipState, places: Sequence[int], gradients: Sequence[Tensor]) -> _Part:
+    own = [gradients[place] for place in places]
+    reading = NormReading(own, state.norm_type, max_norm=state.max_norm, clip_value=state.clip_value)
+    return _Part(name, state, places, reading)
+
+
+@torch.no_grad()
+def _scale(reading: NormReading, norms: GradientNorms, coefficient: float) -> None:
+    gradients = [gradient for gradient in reading.gradients if gradient.numel()]
+    if norms.exact:
+        for gradient in gradients:
+            values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001 -- the only writable view
+            values.copy_(values.to(statistics.wide(values.dtype)).mul_(coefficient))
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (device, _), members in groups.items():
+        factor = coefficient if reading.coefficient is None else reading.coefficient.to(device)
+        torch._foreach_mul_(members, factor)
+
+
+@torch.no_grad()
+def _limit(gradient: Tensor, value: float) -> None:
+    once = gradient.coalesce() if gradient.is_sparse else gradient  # a row met several times counts with its sum
+    real_values(once).clamp_(-value, value)
+    if once is not gradient:
+        gradient.copy_(once)

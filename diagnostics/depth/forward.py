@@ -1,0 +1,232 @@
+"""What forward passes show: the order of calls, the trunk, and whose gradient is that of which tensor.
+
+No hook is registered here: the package hooks tells of calls, and is told which tensors to listen to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.depth import Call, CallOrder, Owner
+from diagnostics.depth.trunk import Node, Noted, Trunk, find_trunk
+from diagnostics.records import Layer
+
+OUTPUT, INPUT, STREAM = "output", "input", "stream"
+_MAX_TRUNKS = 16
+"""How many different orders of calls the trunk is looked for in: layers dropped at random have millions."""
+
+
+class Role(NamedTuple):
+    """What a gradient is to a layer: that of an output, of an input, or of the stream that its branch joins.
+
+    ``serial`` numbers the calls over all passes, so that inputs find the outputs of the same call.
+    """
+
+    kind: str
+    call: Call
+    serial: int = 0
+
+
+class Point(NamedTuple):
+    """A tensor, or the graph's node that made it, whose gradient is wanted, and for whom; more roles may come."""
+
+    place: Tensor | Node
+    roles: list[Role]
+    fused: bool = False
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One forward pass of a model: its calls, and what they read and made."""
+
+    begun: bool = False
+    counts: bool = False
+    ranks: dict[int, int] = field(default_factory=dict)
+    attached: dict[Call, int] = field(default_factory=dict)
+    noted: list[Noted] = field(default_factory=list)
+    trace: list[Call] = field(default_factory=list)
+    roles: dict[tuple[Node, int], list[Role]] = field(default_factory=dict)  # no tensors: those must be free to go
+
+
+class Forward:
+    """The forward passes of some models.
+
+    Args:
+        owners: Their layers' modules.
+        roots: Number of models.
+
+    Attributes:
+        orders: Order of calls by model.
+        trunks: What is known of the trunk, likewise.
+        version: Grows whenever either changes.
+        ran: Owners that were called with gradients enabled since somebody emptied the set.
+    """
+
+    def __init__(self, owners: Sequence[Owner], roots: int) -> None:
+        self.orders = [CallOrder() for _ in range(roots)]
+        self.trunks = [Trunk() for _ in range(roots)]
+        self.version = 0
+        self.ran: set[int] = set()
+        self._owners = owners
+        self._passes = [_Pass() for _ in range(roots)]
+        self._read: list[set[tuple[Call, ...]]] = [set() for _ in range(roots)]
+        self._serial = 0
+
+    def place(self, layer: Layer, call: Call) -> Layer:
+        """A layer with what is known of its place in the trunk."""
+        root = self._owners[call[0]].root
+        trunk = self.trunks[root]
+        if not trunk.steps_back:
+            return layer
+        on_trunk = (layer.trunk and call not in trunk.branch) or call in trunk.ends
+        steps = trunk.steps_back.get(call)
+        later = sum(1 + max(other.steps_back.values(), default=-1) for other in self.trunks[root + 1 :])
+        return replace(layer, trunk=on_trunk, steps_back=None if steps is None else steps + later)
+
+    def begin(self, root: int) -> None:
+        """A model's forward begins."""
+        self._end(root)
+        self._passes[root].begun = True
+        self._passes[root].counts = torch.is_grad_enabled()
+
+    def called(self, index: int, given: Any, made: Any) -> Iterator[Point]:
+        """A layer was called; what it read and made.
+
+        Args:
+            index: Which owner.
+            given: Its arguments.
+            made: Its result.
+
+        Yields:
+            Tensors and nodes to listen to, whose roles may still grow.
+        """
+        root = self._owners[index].root
+        one = self._passes[root]
+        if not one.begun or (not one.counts and torch.is_grad_enabled()):
+            self.begin(root)
+            one = self._passes[root]
+        if not one.counts:
+            return
+        call = (index, one.ranks.get(index, 0))
+        one.ranks[index] = call[1] + 1
+        one.trace.append(call)
+        module = self._owners[index].module()
+        inputs, outputs = _differentiable(given), _differentiable(made)
+        if not outputs:
+            return
+        one.noted.append(Noted(call, tuple(map(_node, inputs)), tuple(map(_node, outputs))))
+        yield from self._points(one, call, inputs, outputs, fused=isinstance(module, nn.RNNBase))
+        yield from self._streams(root, call, inputs)
+
+    def called_again(self, index: int, given: Any, made: Any) -> Iterator[Point]:
+        """A layer of a checkpointed segment runs again in the backward pass: only a reentrant one has new tensors."""
+        one, call = self._passes[self._owners[index].root], (index, 0)
+        outputs = _differentiable(made)
+        if call not in one.attached and outputs:
+            yield from self._points(one, call, _differentiable(given), outputs, fused=False)
+
+    def ended(self, root: int, result: Any) -> Iterator[Point]:
+        """A model's forward has ended; what it returned."""
+        one = self._passes[root]
+        if one.counts:
+            results = _differentiable(result)
+            joins = self._look_for_trunk(root, tuple(map(_node, results)))
+            for node, ends in joins.items():
+                yield from self._point(one, node, Role(STREAM, ends, one.attached[ends]))
+            if not joins:
+                yield from self._streams(root, None, results)
+
+    def settle(self) -> None:
+        """Every pass has ended."""
+        for root in range(len(self._passes)):
+            self._end(root)
+
+    def separate(self) -> None:
+        """After a backward pass: calls outside a model's own forward begin a new pass."""
+        for one in self._passes:
+            one.begun = False
+
+    def _points(
+        self, one: _Pass, call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, fused: bool
+    ) -> Iterator[Point]:
+        self._serial += 1
+        one.attached[call] = self._serial
+        for kind, tensors in ((OUTPUT, outputs), (INPUT, inputs)):
+            for tensor in tensors:
+                yield from self._point(one, tensor, Role(kind, call, self._serial), fused=fused)
+
+    def _point(self, one: _Pass, place: Tensor | Node, role: Role, *, fused: bool = False) -> Iterator[Point]:
+        key = (_node(place), place.output_nr) if isinstance(place, Tensor) else (place, 0)
+        known = one.roles.get(key)
+        if known is None:
+            one.roles[key] = [role]
+            yield Point(place, one.roles[key], fused)
+        elif role not in known:
+            known.append(role)
+
+    def _streams(self, root: int, reader: Call | None, tensors: Sequence[Tensor]) -> Iterator[Point]:
+        """The joins that are next to some tensors: of several that fit, the one whose branch was called last."""
+        one, streams = self._passes[root], self.trunks[root].streams
+        for number, tensor in enumerate(tensors) if streams else ():
+            joins: dict[Node, Call] = {}
+            for locator in streams.get((reader, number), ()):
+                node = locator.find(_node(tensor)) if locator.ends in one.attached else None
+                if node is not None:
+                    joins[node] = max(locator.ends, joins.get(node, locator.ends), key=one.attached.__getitem__)
+            for node, ends in joins.items():
+                place = tensor if node is tensor.grad_fn else node
+                yield from self._point(one, place, Role(STREAM, ends, one.attached[ends]))
+
+    def _end(self, root: int) -> None:
+        self._look_for_trunk(root)
+        one, self._passes[root] = self._passes[root], _Pass()
+        self.version += self.orders[root].extend(one.trace)
+        self.ran.update(index for index, _ in one.trace)
+
+    def _look_for_trunk(self, root: int, results: Sequence[Node] = ()) -> dict[Node, Call]:
+        """Reads the graph of a pass whose calls came in a new order; returns its joins."""
+        one, trace = self._passes[root], tuple(self._passes[root].trace)
+        if not one.noted or trace in self._read[root] or len(self._read[root]) == _MAX_TRUNKS:
+            return {}
+        self._read[root].add(trace)
+        try:
+            trunk, joins = find_trunk(one.noted, self._owners, results)
+        except (AttributeError, RuntimeError, TypeError):  # torch promises nothing about nodes of the graph
+            return {}
+        self.version += self.trunks[root].take(trunk)
+        return joins
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a value: itself, or in mappings, sequences and dataclasses, nested as they may be.
+
+    Example:
+        >>> [tensor.item() for tensor in tensors_in({"loss": torch.tensor(1.0), "states": (torch.tensor(2.0), None)})]
+        [1.0, 2.0]
+    """
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = (getattr(value, one.name) for one in fields(value))
+    for part in parts:
+        yield from tensors_in(part)
+
+
+def _differentiable(value: Any) -> list[Tensor]:
+    return [one for one in tensors_in(value) if one.requires_grad and not isinstance(one, nn.Parameter)]
+
+
+def _node(tensor: Tensor) -> Node:
+    """The node that made a tensor; the leaf's own where nothing made it."""
+    return tensor.grad_fn if tensor.grad_fn is not None else torch.autograd.graph.get_gradient_edge(tensor).node

@@ -1,0 +1,352 @@
+"""The only code that registers hooks, and takes every one of them away again.
+
+Hooks only note. They run inside the user's forward and backward, so they never raise, never warn, never wait for the
+device and return nothing: one that fails switches the Watcher off, and the Monitor says so at the next step.
+
+Output gradients come from a forward hook that registers on the output tensor, and on the inputs for the local gain:
+module backward hooks break under an in-place operation that follows, and cost six times as much. A tensor that several
+layers made or read is listened to once. Where a residual stream is nobody's input or output the hook is the graph's.
+
+Weight gradients are read at the step, since parameter hooks see them before all-reduce and before unscaling. What
+parameter hooks are for is to know which backward pass accumulated into which parameter, and what was left in ``.grad``
+when the pass began.
+
+Inside a compiled model there are no forward hooks: output gradients are not seen, weight gradients are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diagnostics import statistics
+from diagnostics.depth import Owner
+from diagnostics.depth.forward import Forward, Point, Role
+from diagnostics.hooks.callback import Hook as _Hook
+from diagnostics.hooks.callback import graph_task as _graph_task
+from diagnostics.hooks.callback import has_closure
+from diagnostics.hooks.graph import Leaves
+from diagnostics.hooks.marks import Marks, State, is_other, state
+from diagnostics.hooks.passes import BackwardPass, measured
+
+_NO_BACKWARD = -1
+
+
+class Watcher:
+    """Hooks on models and parameters, and what they noted since the last step.
+
+    Args:
+        models: Name to model.
+        owners: Their layers' modules.
+        parameters: The tensors to watch; the place in the sequence is the parameter's index.
+        outputs: Whether output gradients will be wanted at all; without them no forward hook is registered.
+
+    Attributes:
+        recording: Whether output gradients are taken in the forward passes to come.
+        timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
+        forward: What the forward passes have shown.
+        overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
+        leaves: What the models' first forward passes used.
+        failure: The exception that switched the Watcher off.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        owners: Sequence[Owner],
+        parameters: Sequence[Tensor],
+        *,
+        outputs: bool = True,
+    ) -> None:
+        self.recording = outputs
+        self.listening = True
+        self.timeline: list[Any] = []
+        self.forward = Forward(owners, len(models))
+        self.overdue: Callable[[], Sequence[Any]] = tuple
+        self.leaves = [Leaves() for _ in models]
+        self.failure: Exception | None = None
+        self._owners = owners
+        self._parameters: list[weakref.ref[Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        self._spent: dict[int, State] = {}
+        self._unspent: set[int] = set()
+        self._frozen: list[int] = []
+        self._marks = Marks(self._gradient)
+        self._models = [weakref.ref(model) for model in models.values()]
+        self._sentinels: set[int] = set()
+        self._first: int | None = None
+        self._running: list[int] = []
+        self._current = BackwardPass()
+        self._on_leaves: list[RemovableHandle] = []
+        if outputs:
+            self._watch_forward(models)
+        self.adopt(parameters)
+
+    def adopt(self, parameters: Sequence[Tensor]) -> None:
+        """Watches more parameters; they take the next indices."""
+        for parameter in parameters:
+            self._frozen.append(len(self._parameters))
+            self._parameters.append(weakref.ref(parameter))
+        self._watch_unfrozen()
+
+    def _watch_unfrozen(self) -> None:
+        """Hooks on parameters that take gradients by now; torch allows none on those that do not."""
+        frozen, self._frozen = self._frozen, []
+        for index in frozen:
+            parameter = self._parameters[index]()
+            if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                after = _Hook(self, self._after_accumulation, index)
+                handle = parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+            elif parameter is not None:
+                self._frozen.append(index)
+
+    def watch_steps(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[torch.optim.Optimizer, bool], None],
+        after: Callable[[torch.optim.Optimizer, bool], None],
+    ) -> None:
+        """Calls two methods back at the beginning and the end of ``optimizer.step()``, as long as their object lives.
+
+        They are told whether the step was given a closure. A nested ``super().step()`` is one step.
+        """
+        depth = 0
+        weakly_before, weakly_after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+
+        def begins(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            nonlocal depth
+            depth += 1
+            call = weakly_before()
+            if depth == 1 and self.listening and call is not None:
+                call(stepping, has_closure(args, kwargs))
+
+        def ends(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            nonlocal depth
+            depth = max(0, depth - 1)
+            call = weakly_after()
+            if depth == 0 and self.listening and call is not None:
+                call(stepping, has_closure(args, kwargs))
+
+        self._handles.append(optimizer.register_step_pre_hook(begins))
+        self._handles.append(optimizer.register_step_post_hook(ends))
+
+    def spend(self, indices: Sequence[int]) -> None:
+        """Notes that a step has spent the gradients of these parameters, as they are now."""
+        for index in indices:
+            self._unspent.discard(index)
+            self._marks.forget(index)
+            if (gradient := self._gradient(index)) is not None:
+                self._spent[index] = state(gradient)
+
+    def drain(self) -> list[Any]:
+        """The timeline since the last call; the next step begins a new one."""
+        if _graph_task() == _NO_BACKWARD:
+            self._settle()
+            self._let_go_of_leaves()
+        elif self._current.accumulated:  # a step inside the backward pass spends what the pass has made so far
+            self.timeline.append(self._current)
+            self._unspent |= self._current.accumulated
+            self._current = BackwardPass(continued=True, training=self._current.training)
+        self.forward.settle()
+        self.timeline += self.overdue()
+        timeline, self.timeline = self.timeline, []
+        return timeline
+
+    def rewritten(self, index: int) -> bool:
+        """Whether a gradient that a step has spent was replaced or written to since."""
+        spent, gradient = self._spent.get(index), self._gradient(index)
+        return spent is not None and gradient is not None and is_other(gradient, spent)
+
+    @contextmanager
+    def writing(self, indices: Iterable[int]) -> Iterator[None]:
+        """What is written to gradients inside the block is ours: what a step has spent stays spent."""
+        known = [index for index in indices if index in self._spent and not self.rewritten(index)]
+        yield
+        self._spent.update(
+            {index: state(gradient) for index in known if (gradient := self._gradient(index)) is not None}
+        )
+
+    def cleared(self) -> frozenset[int]:
+        """Parameters to which a pass has added what no step has spent, and whose ``.grad`` is None by now."""
+        return frozenset(index for index in self._unspent if self._gradient(index) is None)
+
+    def failed(self, error: Exception) -> None:
+        """Switches all hooks off; the first reason is kept."""
+        self.failure = self.failure or error
+        self.listening = False
+
+    def remove(self) -> None:
+        """Takes every hook away."""
+        self.listening = False
+        self._let_go_of_leaves()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Notes nothing inside the block."""
+        listening, self.listening = self.listening, False
+        try:
+            yield
+        finally:
+            self.listening = listening and self.failure is None
+
+    # forward
+
+    def _watch_forward(self, models: Mapping[str, nn.Module]) -> None:
+        for root, model in enumerate(models.values()):
+            begins = _Hook(self, self._root_begins, root)
+            self._handles.append(model.register_forward_pre_hook(begins, with_kwargs=True))
+        for index, owner in enumerate(self._owners):
+            module = owner.module()
+            if module is not None:
+                after = _Hook(self, self._after_call, index)
+                self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+        for root, model in enumerate(models.values()):
+            self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
+
+    def _root_begins(self, root: int, _module: nn.Module, *arguments: Any) -> None:
+        self.leaves[root].begins(arguments)
+        if self.recording and _graph_task() == _NO_BACKWARD:
+            self._settle()
+            self.forward.begin(root)
+
+    def _after_call(self, index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self.recording:
+            return
+        task = _graph_task()
+        if task == _NO_BACKWARD:
+            self._settle()
+            points = self.forward.called(index, (args, kwargs), output)
+        else:  # a checkpointed segment runs again: its calls are known, and only a reentrant one has new output tensors
+            self._enter(task)
+            points = self.forward.called_again(index, (args, kwargs), output)
+        for point in points:
+            self._listen(point)
+
+    def _root_ends(self, root: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.leaves[root].ends(output)
+        if self.recording and _graph_task() == _NO_BACKWARD:
+            for point in self.forward.ended(root, output):
+                self._listen(point)
+
+    def _listen(self, point: Point) -> None:
+        hook = _Hook(
+            self, self._gradient_arrives, (point.roles, point.fused)
+        )  # not the tensor, which would then hold itself
+        if not isinstance(point.place, Tensor):
+            point.place.register_prehook(hook)
+        elif point.place.is_leaf:  # may be the user's for many steps
+            self._on_leaves.append(point.place.register_hook(hook))  # type: ignore[no-untyped-call]
+        else:
+            point.place.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _let_go_of_leaves(self) -> None:
+        while self._on_leaves:
+            self._on_leaves.pop().remove()
+
+    # backward
+
+    def _gradient_arrives(
+        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...] | None
+    ) -> None:
+        current = self._enter(_graph_task())
+        only = gradient[0] if isinstance(gradient, tuple) else gradient  # None for one of several outputs that got none
+        if only is not None:
+            current.gradients.append(measured(*point, only))
+
+    def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
+        self._enter(_graph_task())
+
+    def _after_accumulation(self, index: int, _parameter: Tensor) -> None:
+        task = _graph_task()
+        if task not in self._running:
+            self._spent.pop(index, None)  # nothing told of the pass in time: what was left in here is not known
+        current = self._enter(task)
+        if not current.accumulated and index not in self._sentinels:
+            self._first = index
+        current.accumulated.add(index)
+        current.ends = (*current.ends[:1], index)
+
+    def _post_sentinel(self) -> None:
+        """Has the parameter that a pass reached first tell of the next one before it accumulates.
+
+        Passes begin at the same few parameters, so a hook on each of those is enough, where one on every parameter
+        would double what watching costs.
+        """
+        index, self._first = self._first, None
+        parameter = None if index is None else self._parameters[index]()
+        if index is not None and parameter is not None:
+            self._sentinels.add(index)
+            before = _Hook(self, self._before_accumulation, index)
+            self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
+
+    def _enter(self, task: int) -> BackwardPass:
+        """The pass of a graph task; one that is begun inside a running one (reentrant checkpoint) is no new pass."""
+        if task not in self._running:
+            if not self._running:
+                self.timeline += self.overdue()
+                self._current = self._look()
+            self._running.append(task)
+            engine = torch.autograd.Variable._execution_engine  # noqa: SLF001 -- the only way to hear of a pass's end
+            engine.queue_callback(lambda: self._leave(task))
+        return self._current
+
+    def _leave(self, task: int) -> None:
+        if task in self._running:
+            self._running.remove(task)
+            if not self._running:
+                self._finish_pass()
+
+    def _settle(self) -> None:
+        """Outside any backward pass: one that never told its end has failed, and what it did stays done."""
+        if self._running:
+            self._running.clear()
+            self._finish_pass()
+
+    def _finish_pass(self) -> None:
+        if self._current.accumulated:  # autograd.grad accumulates into nobody, and its output gradients do not count
+            self._current.after = self._marks.note(self._current.ends)
+            self.timeline.append(self._current)
+            self._unspent |= self._current.accumulated
+            self._post_sentinel()
+        else:
+            self._unspent |= self._current.cleared  # for the next pass to tell of
+        self._current = BackwardPass()
+        self.forward.separate()
+
+    def _look(self) -> BackwardPass:
+        """What is in ``.grad`` before a pass adds to it: what a step has spent, or nothing where something was."""
+        self._watch_unfrozen()
+        cleared = self.cleared()
+        self._unspent -= cleared
+        before, touched = self._marks.check()
+        found = BackwardPass(cleared=cleared, before=before, touched=touched, training=self._training())
+        held: dict[int, Tensor] = {}
+        for index in list(self._spent):
+            gradient = self._gradient(index)
+            if gradient is None:
+                del self._spent[index]
+            else:
+                held[index] = gradient
+        if not held:
+            return found
+        found.held = tuple(held)
+        found.leftover = statistics.parameter_norms([*held.values()], 1.0)
+        found.replaced = frozenset(index for index, gradient in held.items() if self._spent[index][0]() is not gradient)
+        return found
+
+    def _training(self) -> bool:
+        return any(model is not None and model.training for model in (one() for one in self._models))
+
+    def _gradient(self, index: int) -> Tensor | None:
+        parameter = self._parameters[index]()
+        return None if parameter is None else parameter.grad

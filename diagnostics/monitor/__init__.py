@@ -1,0 +1,388 @@
+"""The Monitor: clip-and-step, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics import diagnosis, statistics
+from diagnostics.clipping import rule_of, tensors_of
+from diagnostics.clipping.writing import Clipping
+from diagnostics.contract import Contract
+from diagnostics.diagnosis.thresholds import Thresholds
+from diagnostics.hooks import Watcher
+from diagnostics.hooks.passes import BackwardPass
+from diagnostics.monitor import amp
+from diagnostics.monitor.facts import Facts
+from diagnostics.monitor.guarding import Guarded
+from diagnostics.monitor.ledger import Ledger, ending, is_alarm
+from diagnostics.monitor.observation import Catalogue, Observation, Seen, see
+from diagnostics.monitor.options import Clip, Options, models_of, one_number, optimizers_of
+from diagnostics.monitor.resuming import Resumable
+from diagnostics.monitor.schedule import LostStep, Schedule, Units
+from diagnostics.monitor.unit import Unit
+from diagnostics.records import (
+    ClipRecord,
+    NonFiniteGradientError,
+    RunInfo,
+    StepRecord,
+)
+from diagnostics.sinks import Sink
+from diagnostics.sinks.fanout import Fanout
+
+
+class Monitor(Guarded, Resumable):
+    """Watches a training loop: gradients by depth, clipping, the loop's own rules.
+
+    Args:
+        model: One module, or a mapping of names to modules.
+        optimizers: One optimizer or a sequence.
+        clip: How :meth:`clip_and_step` clips; None measures only. Several optimizers that are stepped one by one share
+            the rule and not its history; a mapping from optimizers, or the names in their records, gives each its own
+            rule. In a loop that calls ``optimizer.step()`` itself it says what the loop means to do, and is held
+            against what it does if it is a :class:`ClipByNorm`: other rules depend on more than a step shows.
+        accumulate: Backward passes that one step is meant to spend.
+        scaler: The loop's ``torch.amp.GradScaler``, if it has one.
+        nonfinite: What :meth:`clip_and_step` does when gradients are not finite: ``"skip"`` the update, ``"raise"``, or
+            ``"step"`` all the same. A closure's step cannot be cancelled and goes on.
+        on_violation: What a broken rule of the loop does: ``"warn"``, ``"raise"`` or ``"record"``.
+        on_diagnosis: What a confirmed diagnosis at warning or above does, likewise.
+        every: Output gradients and update ratios are taken at each of so many steps, at the first 50, and densely after
+            an alarm; 0 never, 1 always.
+        layers: Regular expression; only layers whose name it matches somewhere are recorded.
+        sinks: Where records go; ``"auto"`` is the console, and W&B where a run is active.
+        thresholds: When a number becomes a diagnosis.
+        run: What is known about the run; written to the sinks first.
+
+    Raises:
+        ValueError: If an option has a value that it cannot have.
+        TypeError: If the model, an optimizer or a sink is something else.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Monitor(model, optimizer, clip=ClipByNorm(max_norm=1.0), sinks=[]) as monitor:
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(4, 2)).square().mean().backward()
+        ...     record = monitor.clip_and_step()
+        >>> record.step, record.layers[0].layer.name
+        (0, 'Linear')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Module],
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        *,
+        clip: Clip = None,
+        accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        nonfinite: str = "skip",
+        on_violation: str = "warn",
+        on_diagnosis: str = "warn",
+        every: int = 10,
+        layers: str | None = None,
+        sinks: Sequence[Sink] | str = "auto",
+        thresholds: Thresholds | None = None,
+        run: RunInfo | None = None,
+    ) -> None:
+        self._options = Options(
+            clip, accumulate, nonfinite, on_violation, on_diagnosis, every, layers, scaler, thresholds, run
+        )
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        models, stepping = models_of(model), optimizers_of(optimizers)
+        fanout = Fanout(sinks)
+        self._catalogue = Catalogue(models, layers)
+        self._units = Units(stepping, self._catalogue, clip)
+        self._catalogue.adopt(self._units.together.parameters())
+        self._reader = statistics.Reader()
+        self._schedule = Schedule(every)
+        self._own_clip: ClipRecord | None = None
+        self._own_step: Seen | None = None
+        self._zeros: AbstractSet[int] = frozenset()
+        self._ledger = Ledger(
+            run or RunInfo(name=type(next(iter(models.values()))).__name__),
+            Contract(self._catalogue.names, accumulate),
+            fanout,
+            self._options,
+            thresholds or Thresholds(),
+        )
+        self._watcher = Watcher(models, self._catalogue.owners, self._catalogue.tensors(), outputs=every > 0)
+        self._watcher.recording = self._schedule.due(0)
+        self._scaler_watch = None if self._scaler is None else amp.ScalerWatch(self._scaler, stepping)
+        if self._scaler_watch is not None:
+            self._watcher.overdue = self._scaler_watch.look
+        self._facts = Facts(models, self._catalogue, self._watcher, self._reader, self._units.all)
+        for optimizer in stepping:
+            self._watcher.watch_steps(optimizer, self._own_step_begins, self._own_step_ends)
+
+    # the step
+
+    def clip_and_step(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+        loss: Tensor | float | None = None,
+        metrics: Mapping[str, Tensor | float] | None = None,
+    ) -> StepRecord:
+        """Unscales, measures, decides, clips if ``clip_coef < 1``, steps, and says what happened.
+
+        It never clears gradients: that is the loop's own act, and is checked.
+
+        Args:
+            optimizer: Which one; None steps all in order under one norm and updates the scaler. With several calls the
+                caller updates the scaler after the last.
+            closure: As ``optimizer.step(closure)`` takes it; gradients are clipped at every evaluation, and the record
+                is about the first.
+            loss: For the record; a tensor of one element comes with the step's one copy to the host.
+            metrics: Further numbers for the record, likewise.
+
+        Returns:
+            The record of the step.
+
+        Raises:
+            NonFiniteGradientError: If gradients are not finite and ``nonfinite="raise"``; no weight has changed.
+            ContractError: If a rule of the loop is broken and ``on_violation="raise"``; the step has been taken.
+            DiagnosisError: If a diagnosis was confirmed and ``on_diagnosis="raise"``; the step has been taken.
+            RuntimeError: If the Monitor is closed.
+        """
+        self._refuse_if_closed("clip_and_step")
+        unit = self._units.of(optimizer)
+        given = {"loss": loss, **{f"metrics[{name!r}]": value for name, value in (metrics or {}).items()}}
+        numbers = [self._reader.ask(one_number(name, value)) for name, value in given.items()]
+        if closure is None:
+            if self._scaler is not None:
+                amp.unscale(self._scaler, unit.optimizers)
+            seen = self._measure_and_clip(unit)
+            skipped = self._step(unit, seen)
+        else:
+            seen, skipped = self._step_with_closure(unit, closure), False
+        if optimizer is None and self._scaler is not None:
+            self._scaler.update()
+        record = self._conclude(
+            unit, seen, skipped=skipped, closure=closure is not None, numbers=numbers, metrics=list(metrics or ())
+        )
+        if skipped and self._options.nonfinite == "raise" and self._scaler is None:
+            raise NonFiniteGradientError(
+                f"Step {record.step} was not taken, since its gradients are not finite (total norm "
+                f"{record.clip.total_norm}); look at the first non-finite layer, or pass nonfinite='skip'."
+            )
+        self._say(record)
+        return record
+
+    def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> Seen:
+        observation = self._observe(unit, recorded=recorded)
+        return Seen(observation, observation.clipping.clip())
+
+    def _step(self, unit: Unit, seen: Seen) -> bool:
+        """Steps unless gradients are not finite and the policy says no; returns whether the step was skipped."""
+        finite = math.isfinite(seen.clip.total_norm)
+        if not finite and (self._scaler is not None or self._options.nonfinite != "step"):
+            return True
+        with self._stepping():
+            for optimizer in unit.optimizers:
+                if self._scaler is None:
+                    optimizer.step()
+                else:
+                    self._scaler.step(optimizer)
+        return False
+
+    def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> Seen:
+        if self._scaler is not None:
+            raise ValueError("closure must be None with a GradScaler, which torch does not support; got a closure.")
+        first: list[Seen] = []
+
+        def clipped() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            seen = self._measure_and_clip(unit, recorded=False if first else None)
+            if not first:
+                first.append(seen)
+            return loss
+
+        with self._stepping():
+            for optimizer in unit.optimizers:
+                optimizer.step(clipped)
+        return first[0] if first else self._measure_and_clip(unit)
+
+    # a loop that calls optimizer.step() itself
+
+    def clip_grad_norm_(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float | str = 2.0
+    ) -> Tensor:
+        """Clips in a loop that calls ``optimizer.step()`` itself, and takes note of it.
+
+        Args:
+            parameters: As for ``torch.nn.utils.clip_grad_norm_``.
+            max_norm: Largest norm that passes unchanged; positive.
+            norm_type: The p of the norm; positive, possibly ``inf``.
+
+        Returns:
+            The total norm before clipping, 0-dim, as :func:`diagnostics.clip_grad_norm_` returns it.
+        """
+        self._refuse_if_closed("clip_grad_norm_")
+        given = tensors_of(parameters)
+        owners, gradients = statistics.gradients_of(given)
+        self._watcher.adopt(self._catalogue.adopt(owners))
+        clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), statistics.Reader())
+        clipping.settle()
+        with self._watcher.writing(map(self._catalogue.index, owners)):
+            self._own_clip = clipping.clip()
+        self._watcher.timeline.append(self._facts.clip(given, owners, clipping.by_gradient, self._own_clip))
+        return clipping.tensor()
+
+    def _own_step_begins(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+        if self._scaler_watch is not None:
+            self._scaler_watch.stepped(optimizer)
+        if not (self._inside or self._closed or closure):  # a closure makes its gradients inside the step
+            with self._harmless():
+                self._own_step = self._see_own_step(self._units.of(optimizer))
+
+    def _own_step_ends(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+        if self._inside or self._closed:
+            return
+        with self._harmless():
+            unit = self._units.of(optimizer)
+            seen, self._own_step = self._own_step, None
+            if seen is None and closure:
+                seen = self._see_own_step(unit, late=True)
+            if seen is not None:
+                self._say(self._conclude(unit, seen, skipped=seen.observation.skipped, closure=closure))
+
+    def _see_own_step(self, unit: Unit, *, late: bool = False) -> Seen:
+        observation = self._observe(unit)
+        own, self._own_clip = self._own_clip, None
+        return see(observation, own, late=late)
+
+    # what a step is made of
+
+    def _observe(self, unit: Unit, *, recorded: bool | None = None) -> Observation:
+        """Asks for everything that the step needs, reads it by one copy, and notes what went before."""
+        events = self._watcher.drain()
+        self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
+        passes = [event for event in events if isinstance(event, BackwardPass)]
+        facts = self._facts.ask([event for event in events if not isinstance(event, amp.SkippedStep)])
+        lost = self._ask_lost(events)
+        if passes and events[-1] is passes[-1]:
+            self._own_clip = None  # more came in after it, so it does not tell what the step spends
+        observation = Observation(
+            self._catalogue,
+            self._reader,
+            unit,
+            self._units.take(unit),
+            recorded=self._watcher.recording if recorded is None else recorded,
+            loss_scale=None if self._scaler is None else amp.loss_scale(self._scaler),
+            zeros=self._zeros,
+        )
+        observation.settle()
+        self._zeros = observation.zeros
+        for fact in facts():
+            self._ledger.note(fact)
+        self._enter_lost(lost)
+        return observation
+
+    def _ask_lost(self, events: Sequence[Any]) -> list[tuple[LostStep, statistics.Reading]]:
+        return [(one, self._reader.ask(one.scale)) for one in self._units.collect(events)]
+
+    def _enter_lost(self, lost: Sequence[tuple[LostStep, statistics.Reading]]) -> None:
+        for one, scale in lost:
+            self._say(self._ledger.enter(one.unit.skip(one.passes, scale.values[0]), None))
+
+    def _conclude(
+        self,
+        unit: Unit,
+        seen: Seen,
+        *,
+        skipped: bool,
+        closure: bool = False,
+        numbers: Sequence[statistics.Reading] = (),
+        metrics: Sequence[str] = (),
+    ) -> StepRecord:
+        """After the step: asks what it did to the weights, makes the record, and sees to the next step."""
+        observation = seen.observation
+        if not seen.late:
+            observation.moved()
+        table = self._catalogue.layers(self._watcher, unit.home)
+        layers = observation.layers(table, seen.clip_factor)
+        clipped, quantiles = unit.count(seen.clip.total_norm, clipped=seen.clip.applied)
+        shares = observation.shares(table, seen.clip.shares)
+        record = StepRecord(
+            step=unit.step - 1,
+            clip=replace(seen.clip, shares=shares, clip_fraction=clipped, norm_quantiles=quantiles),
+            optimizer=unit.name,
+            loss=numbers[0].values[0] if numbers and numbers[0].values else None,
+            lr=observation.learning_rates,
+            backward_passes=len(observation.passes),
+            loss_scale=observation.loss_scale,
+            layers=layers,
+            skipped=skipped,
+            metrics={name: reading.values[0] for name, reading in zip(metrics, numbers[1:], strict=True)},
+            fit=diagnosis.fit_depth(layers.before_step) if observation.recorded else None,
+            recorded=observation.recorded,
+        )
+        record = self._ledger.enter(record, self._facts.step(observation, record, unit, closure=closure))
+        if not skipped:
+            observation.clipping.enter(seen.clip.total_norm)
+            self._watcher.spend(observation.indices)
+        if record.recorded and not (skipped or closure):
+            self._facts.moved(observation, record)
+        if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
+            self._schedule.alarm(record.step)
+        self._watcher.recording = self._due()
+        return record
+
+    # what is known
+
+    def plot(self) -> Any:
+        """The run's figures so far as one ``matplotlib.figure.Figure``; needs the extra ``figures``."""
+        from diagnostics.reports import figures  # noqa: PLC0415 -- the only look to the right, and an extra
+
+        return figures.overview(self.records)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing is noted: neither passes nor steps."""
+        self._watcher.timeline += self._watcher.overdue()
+        with self._watcher.paused():
+            yield
+        if self._scaler_watch is not None:
+            self._scaler_watch.forget()
+
+    def close(self, status: str = "finished", error: str | None = None) -> None:
+        """Takes every hook away, writes the end of the run to the sinks and closes them. Again is harmless.
+
+        Args:
+            status: ``"finished"``, ``"stopped"``, ``"failed"`` or ``"interrupted"``.
+            error: The exception, or the reason, in one line.
+
+        Raises:
+            ContractError: If only now it is known which rule was broken, and ``on_violation="raise"``.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        events = self._watcher.drain()
+        lost = self._ask_lost(events) if status == "finished" else []
+        facts, last = self._facts.closing([event for event in events if not isinstance(event, amp.SkippedStep)], status)
+        for fact in facts:
+            self._ledger.note(fact)
+        self._enter_lost(lost)
+        self._watcher.remove()
+        self._ledger.close(status, error, last)
+
+    def __enter__(self) -> Monitor:  # noqa: PYI034 -- typing.Self came with Python 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(*ending(error))

@@ -1,0 +1,199 @@
+"""What the loop did, gathered for the contract: from the hooks' notes, one step's numbers, and the optimizers.
+
+Nothing here waits for the device: numbers are asked for before the step's one copy and looked at after it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics import statistics
+from diagnostics.contract.acts import Backward, Clip, Closing, Moved, Step
+from diagnostics.hooks import Watcher
+from diagnostics.hooks.graph import where
+from diagnostics.hooks.marks import Look
+from diagnostics.hooks.passes import BackwardPass
+from diagnostics.monitor.observation import Catalogue, Observation
+from diagnostics.monitor.unit import Unit
+from diagnostics.records import ClipRecord, StepRecord
+from diagnostics.statistics import magnitudes
+
+Fact: TypeAlias = Backward | Clip | Moved
+
+
+class Facts:
+    """Gathers what the contract is told.
+
+    Args:
+        models: Name to model.
+        catalogue: Names and indices of parameters.
+        watcher: The hooks' notes.
+        reader: Who brings numbers from the device.
+        units: All optimizers, each by itself and all together.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        catalogue: Catalogue,
+        watcher: Watcher,
+        reader: statistics.Reader,
+        units: Sequence[Unit],
+    ) -> None:
+        self._catalogue = catalogue
+        self._watcher = watcher
+        self._reader = reader
+        self._units = units
+        self._peaks: dict[int, float] = {}
+        self._owned: set[int] = set()
+        self._stranded: dict[int, Tensor] = {}  # a sample of each value as it was first seen
+        self._changes: dict[int, statistics.Reading] = {}
+        self._ran: dict[str, set[int]] = {unit.name: set() for unit in units}
+        self._unregistered: tuple[str, ...] | None = None
+        self._models = {name: weakref.ref(model) for name, model in models.items()}
+        self._moved: list[Callable[[], Moved]] = []
+
+    # backward passes and clips
+
+    def ask(self, events: Sequence[Any]) -> Callable[[], list[Fact]]:
+        """Asks for the numbers of what happened since the last step; returns what tells of it once they have come.
+
+        What the step before has done to the weights comes first: it is known by then.
+        """
+        passes = [event for event in events if isinstance(event, BackwardPass)]
+        asked = [
+            [self._reader.ask(tensor) for tensor in (one.leftover, one.before.peaks, one.after.peaks)] for one in passes
+        ]
+        self._changes = self._ask_stranded(passes)
+        for ran in self._ran.values():
+            ran.update(self._watcher.forward.ran)
+        self._watcher.forward.ran = set()
+
+        earlier, self._moved = self._moved, []
+
+        def told() -> list[Fact]:
+            numbers = iter(asked)
+            since = [self._backward(one, *next(numbers)) if isinstance(one, BackwardPass) else one for one in events]
+            return [*(moved() for moved in earlier), *since]
+
+        return told
+
+    def clip(self, given: Iterable[Tensor], owners: Sequence[Tensor], norms: Sequence[float], did: ClipRecord) -> Clip:
+        """A clip of the loop's own."""
+        coefficient = did.clip_coef if did.applied and did.clip_coef is not None else 1.0
+        return Clip(
+            dict(zip(map(self._catalogue.index, owners), norms, strict=True)),
+            frozenset(self._catalogue.known(given)),
+            did.max_norm or float("inf"),
+            did.norm_type,
+            coefficient,
+        )
+
+    def _backward(
+        self, one: BackwardPass, leftover: statistics.Reading, before: statistics.Reading, after: statistics.Reading
+    ) -> Backward:
+        found = _by_index(one.before, before)
+        zeroed = frozenset(index for index, peak in found.items() if peak == 0 != self._peaks.get(index, 0.0))
+        peaks = _by_index(one.after, after)
+        self._peaks.update(peaks)
+        return Backward(
+            frozenset(one.accumulated),
+            dict(zip(one.held, leftover.values, strict=True)),
+            one.replaced,
+            one.cleared,
+            zeroed,
+            one.touched,
+            peaks,
+            one.continued,
+            one.training,
+        )
+
+    # the step
+
+    def step(self, observation: Observation, record: StepRecord, unit: Unit, *, closure: bool = False) -> Step:
+        """The step as the contract sees it."""
+        norms = dict(zip(observation.indices, observation.by_gradient, strict=True))
+        held = unit.parameters() if len(norms) < len(observation.held) else ()
+        empty = frozenset(
+            self._catalogue.index(tensor) for tensor in held if tensor.requires_grad and tensor.grad is None
+        )
+        ran = self._ran[unit.name]
+        self._ran[unit.name] = set()
+        return Step(
+            optimizer=record.optimizer,
+            step=record.step,
+            norms=norms,
+            rewritten=frozenset(index for index in norms if self._watcher.rewritten(index)),
+            total_norm=record.clip.total_norm_after,
+            max_norm=observation.clipping.state.max_norm,
+            norm_type=record.clip.norm_type,
+            resolution=max(map(statistics.resolution, {one.dtype for one in observation.gradients}), default=0.0),
+            skipped=record.skipped,
+            closure=closure,
+            loss_scale=record.loss_scale,
+            empty=empty,
+            ran=self._catalogue.parameters_of(ran) if empty else frozenset(),
+            foreign=self._catalogue.foreign(observation.held),
+            stranded=self._read_stranded(),
+            unregistered=self._look_for_unregistered(),
+        )
+
+    def moved(self, observation: Observation, record: StepRecord) -> None:
+        """Remembers to tell what a recorded step did to the weights, when that is known."""
+        standing = observation.standing()
+        self._moved.append(lambda: Moved(record.optimizer, record.step, *standing()))
+
+    def closing(self, events: Sequence[Any], status: str) -> tuple[list[Fact], Closing]:
+        """What is left to tell at the end; after a failure nothing that would have to be read from the device."""
+        if status != "finished":
+            return [event for event in events if isinstance(event, Clip)], Closing(finished=False)
+        told = self.ask(events)()
+        return told, Closing(finished=True, cleared=self._watcher.cleared(), stranded=self._read_stranded())
+
+    # parameters that no optimizer has
+
+    def _ask_stranded(self, passes: Sequence[BackwardPass]) -> dict[int, statistics.Reading]:
+        fresh = set().union(*(one.accumulated for one in passes)) - self._owned - self._stranded.keys()
+        if fresh or self._stranded:
+            owned = self._catalogue.known(tensor for unit in self._units for tensor in unit.parameters())
+            self._owned.update(owned)
+            for index in fresh - self._owned:
+                tensor = self._catalogue.tensor(index)
+                if tensor is not None and self._catalogue.is_inside(index):
+                    self._stranded[index] = statistics.sample(tensor, magnitudes.FRACTION_SAMPLE).clone()
+        return self._ask_changes()
+
+    @torch.no_grad()
+    def _ask_changes(self) -> dict[int, statistics.Reading]:
+        asked = {}
+        for index, first in list(self._stranded.items()):
+            tensor = self._catalogue.tensor(index)
+            if tensor is None or tensor.grad is None or index in self._owned or tensor.numel() == 0:
+                del self._stranded[index]
+            else:
+                now = statistics.sample(tensor, magnitudes.FRACTION_SAMPLE)
+                asked[index] = self._reader.ask((now != first.to(now.device)).any())
+        return asked
+
+    def _read_stranded(self) -> dict[int, bool]:
+        return {index: reading.values[0] != 0 for index, reading in self._changes.items()}
+
+    def _look_for_unregistered(self) -> tuple[str, ...]:
+        if self._unregistered is not None or not any(leaves.done for leaves in self._watcher.leaves):
+            return ()
+        models = {name: model for name, reference in self._models.items() if (model := reference()) is not None}
+        used = {
+            id(leaf): leaf for leaves in self._watcher.leaves for one in leaves.found if (leaf := one()) is not None
+        }
+        unknown = [leaf for leaf in used.values() if not list(self._catalogue.known([leaf]))]
+        self._unregistered = tuple(where(leaf, models) for leaf in unknown)
+        return self._unregistered
+
+
+def _by_index(look: Look, reading: statistics.Reading) -> dict[int, float]:
+    return dict(zip(look.indices, reading.values, strict=True))

@@ -1,0 +1,100 @@
+"""What a recorded step measures beyond norms: gradients between layers, peaks, fractions, dead units."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from diagnostics import statistics
+from diagnostics.depth import Call
+from diagnostics.depth.forward import INPUT, OUTPUT, Role
+from diagnostics.hooks.passes import BackwardPass
+from diagnostics.monitor.assembly import Around, piece
+from diagnostics.statistics import magnitudes
+from diagnostics.statistics.dead import DeadUnits, row_sizes
+
+
+class Recording:
+    """Asks a reader for what only a recorded step takes.
+
+    Args:
+        reader: Who brings the numbers.
+        passes: Backward passes that the step spends.
+        names: Of the gradients.
+        gradients: The weight gradients.
+        dead: Counts for how long units have had no gradient.
+
+    Attributes:
+        peaks: The largest magnitude of every weight gradient.
+        fractions: Shares of small numbers in every weight gradient, as ``magnitudes.fractions`` gives them.
+    """
+
+    def __init__(
+        self,
+        reader: statistics.Reader,
+        passes: Sequence[BackwardPass],
+        names: Sequence[str],
+        gradients: Sequence[Tensor],
+        dead: DeadUnits,
+    ) -> None:
+        measured = [one for each in passes for one in each.gradients]
+        parts = [one.parts for one in measured if one.parts is not None]
+        self._made = [(one.roles, one.numel, one.share is not None) for one in measured if one.parts is not None]
+        self._read = [(one.roles, one.numel) for one in measured if one.parts is None]
+        self._profiles = reader.ask(magnitudes.profiles(parts))
+        self._norms = reader.ask(statistics.pack([one.norm for one in measured if one.parts is None]))
+        self._shares = reader.ask(statistics.pack([one.share for one in measured if one.share is not None]))
+        rows = {
+            place: row_sizes(gradient, dead.units[name])
+            for place, (name, gradient) in enumerate(zip(names, gradients, strict=True))
+            if name in dead.units and gradient.numel() and not gradient.is_sparse
+        }
+        self._judged, shares = dead.update({names[place]: row for place, row in rows.items()})
+        self._dead = reader.ask(shares)
+        self.peaks = reader.ask(magnitudes.peaks(gradients, rows))
+        self.fractions = reader.ask(magnitudes.fractions(gradients))
+
+    def dead(self) -> dict[str, float]:
+        """The share of dead units by name of the weight."""
+        return dict(zip(self._judged, self._dead.values, strict=True))
+
+    def around(self, scale: float) -> Callable[[], dict[Call, Around]]:
+        """Makes what passed back through the layers from numbers alone, later: a record must not keep tensors alive.
+
+        Args:
+            scale: The loss scale.
+        """
+        made, read = self._made, self._read
+        profiles, norms, shares = self._profiles.values, self._norms.values, self._shares.values
+
+        def make() -> dict[Call, Around]:
+            found: dict[Call, Around] = defaultdict(Around)
+            share = iter(shares)
+            for place, (roles, numel, fused) in enumerate(made):
+                column = profiles[place :: len(made)]
+                whole = piece(numel, column, scale)
+                whole = whole.without_empty(next(share)) if fused else whole
+                for around in _sorted_in(found, roles, numel, column[0]):
+                    around.outputs.append(whole)
+            for (roles, numel), norm in zip(read, norms, strict=True):
+                _sorted_in(found, roles, numel, norm)
+            return found
+
+        return make
+
+
+def _sorted_in(found: dict[Call, Around], roles: Sequence[Role], numel: int, norm: float) -> list[Around]:
+    """Adds a gradient to the layers that it tells of; returns those whose output it is."""
+    made = []
+    for role in roles:
+        around = found[role.call]
+        if role.kind == OUTPUT:
+            around.made.setdefault(role.serial, []).append(norm)
+            made.append(around)
+        elif role.kind == INPUT:
+            around.inputs.setdefault(role.serial, []).append(norm)
+        else:
+            around.stream.append((numel, norm))
+    return made
