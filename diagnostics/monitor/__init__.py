@@ -67,6 +67,7 @@ class Monitor(Guarded, Resumable):
         TypeError: If the model, an optimizer or a sink is something else.
 
     Example:
+        >>> from diagnostics import ClipByNorm
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> with Monitor(model, optimizer, clip=ClipByNorm(max_norm=1.0), sinks=[]) as monitor:
