@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from diagnostics.outcomes.agreement import agreement_page, first_sick, heal, healing_page, judge
+from diagnostics.outcomes.agreement import agreement_page, heal_each, healing_page, judge
 from diagnostics.outcomes.labels import Case, Label, Runs, label, read_table, write_table
 from diagnostics.trainers.progress import write_line
 
@@ -39,8 +39,7 @@ def judge_runs(runs: Runs) -> None:
 
 def heal_runs(runs: Runs) -> None:
     """Writes healing.csv and healing.md."""
-    sick = first_sick(read_table(TABLES / "labels.csv", Label))
-    healings = [one for one in (heal(runs, each) for each in sick) if one is not None]
+    healings = heal_each(runs, read_table(TABLES / "labels.csv", Label))
     write_table(TABLES / "healing.csv", healings)
     (TABLES / "healing.md").write_text(healing_page(healings), encoding="utf-8")
 

@@ -81,8 +81,6 @@ def test_the_norm_tells_of_a_loss_spike_before_it_comes():
         ("chaotic_tanh", ["model.gain=0.7"], 0, 0.2),
         ("chaotic_tanh", ["model.gain=1.0"], 0.9, 1),
         ("chaotic_tanh", ["model.gain=3.0"], 0, 0.3),
-        *(("clipping_rescues", ["clip=none", f"trainer.seed={seed}"], 0, 0.5) for seed in range(5)),
-        *(("clipping_rescues", ["clip=norm", f"trainer.seed={seed}"], 0.95, 1) for seed in range(5)),
         ("rnn_and_lstm", ["model=rnn"], 0, 0.5),
         ("rnn_and_lstm", ["model=lstm"], 0.95, 1),
         *(("dead_relu", [f"trainer.seed={seed}"], 0, 0.2) for seed in range(3)),
@@ -91,6 +89,13 @@ def test_the_norm_tells_of_a_loss_spike_before_it_comes():
 )
 def test_runs_come_to_what_the_experiment_says(experiment, overrides, least, most):
     assert least <= run(experiment, *overrides)[0]["eval/accuracy"] <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("clip", "successes"), [("none", {0, 1}), ("norm", {5})])
+def test_clipping_raises_the_rate_of_success(clip, successes):
+    scores = [run("clipping_rescues", f"clip={clip}", f"trainer.seed={seed}")[0]["eval/accuracy"] for seed in range(5)]
+    assert sum(score > 0.95 for score in scores) in successes
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from diagnostics.diagnosis import diagnose
 from diagnostics.outcomes.labels import ENOUGH, Label, Runs, merge
-from diagnostics.records import WARNING, Diagnosis
+from diagnostics.records import WARNING, Diagnosis, Remedy
 from diagnostics.runlog import read_run
 
 AT_INIT = 3  # records by which a run's beginning is judged: as many as confirm a diagnosis
@@ -98,15 +98,14 @@ def heal(runs: Runs, label: Label) -> Healing | None:
     diagnosis = worst(diagnose(run.records, run=run.info))
     if diagnosis is None:
         return None
-    override = next((remedy.override for remedy in diagnosis.remedies[:1]), None)
-    words = next((remedy.text for remedy in diagnosis.remedies[:1]), "none")
-    score = runs.result(merge(label.overrides, override), label.seed).score if override else 0.0
+    first = next(iter(diagnosis.remedies), Remedy("none"))
+    score = runs.result(merge(label.overrides, first.override), label.seed).score if first.override else 0.0
     return Healing(
         label.kind,
         label.overrides,
         label.seed,
         diagnosis.condition,
-        override or words,
+        first.override or first.text,
         label.score,
         round(score, 4),
         label.twin_score,
@@ -114,10 +113,13 @@ def heal(runs: Runs, label: Label) -> Healing | None:
     )
 
 
-def first_sick(labels: Iterable[Label]) -> list[Label]:
-    """Of each configuration that is sick for a gradient reason the first such seed."""
-    chosen = {one.overrides: one for one in reversed(list(labels)) if one.reason in GRADIENT_REASONS}
-    return list(reversed(chosen.values()))
+def heal_each(runs: Runs, labels: Iterable[Label]) -> list[Healing]:
+    """Heals every configuration once: with its first seed that is sick for a gradient reason and not called healthy."""
+    healings: dict[str, Healing] = {}
+    for one in labels:
+        if one.reason in GRADIENT_REASONS and one.overrides not in healings and (found := heal(runs, one)):
+            healings[one.overrides] = found
+    return list(healings.values())
 
 
 def agreement_page(judgements: Sequence[Judgement]) -> str:
@@ -141,10 +143,7 @@ def agreement_page(judgements: Sequence[Judgement]) -> str:
         "",
         "## What disagrees",
         "",
-        *_table(
-            ["label", "verdict at the end", "seed", "configuration"],
-            ([f"{one.label} {one.reason}", one.at_end, one.seed, f"`{one.overrides}`"] for one in (*missed, *alarmed)),
-        ),
+        *_table(["label", "at init", "at the end", "seeds", "configuration"], _disagreements(missed, alarmed)),
         "",
         "## By configuration",
         "",
@@ -199,6 +198,13 @@ def _by_condition(judgements: Sequence[Judgement]) -> Iterable[list[object]]:
         for state, verdict in states:
             found = Counter(one.reason or one.label for one in judgements if verdict(one) == condition)
             yield [condition, state, found.total(), *(found[name] for name in (*GRADIENT_REASONS, "other", "well"))]
+
+
+def _disagreements(*groups: Sequence[Judgement]) -> Iterable[list[object]]:
+    for one in dict.fromkeys((one.label, one.overrides) for group in groups for one in group):
+        own = [each for group in groups for each in group if (each.label, each.overrides) == one]
+        states = (_counted([getattr(each, name) for each in own]) for name in ("at_init", "at_end"))
+        yield [own[0].label, *states, ", ".join(str(each.seed) for each in own), f"`{one[1]}`"]
 
 
 def _configuration(kind: str, overrides: str, judgements: Sequence[Judgement]) -> list[str]:

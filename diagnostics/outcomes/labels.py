@@ -147,9 +147,9 @@ def twins(overrides: str) -> tuple[str, ...]:
     """The shallow sound configurations that a run is measured by: with its learning rate, and with the default one.
 
     Example:
-        >>> twins("task=digits model=mlp model.depth=30 model.width=64 optimizer=sgd clip=none trainer.steps=300")
-        ('task=digits model=mlp model.depth=2 model.width=64 optimizer=sgd clip=norm trainer.steps=300 model.init=kaiming',)
-    """  # noqa: E501 - one line of output
+        >>> twins("task=digits model=mlp model.depth=30 optimizer=sgd clip=none")
+        ('task=digits model=mlp optimizer=sgd clip=norm model.depth=2 model.init=kaiming',)
+    """
     keys = dict(word.split("=", maxsplit=1) for word in overrides.split())
     kept = {
         key: value
