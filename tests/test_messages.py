@@ -320,6 +320,11 @@ CASES: dict[str, Case] = {
         ValueError,
         "layers must be a regular expression; got '(' (missing ), unterminated subpattern at position 0).",
     ),
+    "process_group": (
+        lambda: monitor(process_group=True),
+        TypeError,
+        "process_group must be None (find it), False (never communicate) or a torch.distributed.ProcessGroup; got True.",
+    ),
     "sinks by name": (
         lambda: monitor(sinks="console"),
         TypeError,

@@ -77,6 +77,11 @@ class NormReading:
         wanted = (self.total, self.coefficient, self._norms, self._beyond)
         return statistics.pack([one for one in wanted if one is not None])
 
+    @property
+    def by_gradient(self) -> Tensor:
+        """The norm of each gradient, not read yet: shape ``[len(gradients)]``."""
+        return self._norms
+
     def suspects(self, values: Sequence[float], zero: Callable[[int], bool] | None = None) -> list[int]:
         """Which gradients fp32 may not have held: all if the total left its range, else none, or those that did.
 

@@ -82,6 +82,12 @@ class Clipping:
         return self._scattered([one.parameters for one in self.norms])
 
     @property
+    def measured(self) -> dict[int, Tensor]:
+        """The same by place, 0-dim and as fp32 holds it: not read yet."""
+        parts = [(part.places, part.reading.by_gradient.unbind()) for part in self.parts if len(part.places)]
+        return {place: norm for places, norms in parts for place, norm in zip(places, norms, strict=True)}
+
+    @property
     def euclidean(self) -> tuple[list[float], list[int]]:
         """The 2-norm of each gradient, and how many of its elements are not finite."""
         norms = [self._norms[reading] for reading in self._euclidean]

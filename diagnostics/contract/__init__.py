@@ -23,6 +23,7 @@ from diagnostics.contract.rules import REMEDIES, Finding
 from diagnostics.contract.rules.clips import Clips
 from diagnostics.contract.rules.gradients import Gradients
 from diagnostics.contract.rules.parameters import Parameters
+from diagnostics.contract.rules.replicas import Replicas
 from diagnostics.records import Violation
 
 __all__ = ["Backward", "Clip", "Closing", "Contract", "Moved", "Step"]
@@ -50,6 +51,7 @@ class Contract:
         self._gradients = Gradients(names, accumulate)
         self._clips = Clips(names, self._gradients.windows)
         self._parameters = Parameters(names)
+        self._replicas = Replicas(names)
         self._found: dict[tuple[str, tuple[str, ...]], Violation] = {}
 
     @property
@@ -69,7 +71,7 @@ class Contract:
 
     def step(self, fact: Step) -> tuple[Violation, ...]:
         """Takes a step; returns what it broke, and the cause of an earlier excess that only now is known."""
-        judges = (self._clips, self._gradients, self._parameters)
+        judges = (self._clips, self._gradients, self._parameters, self._replicas)
         return tuple(violation for judge in judges for violation in self._report(judge.step(fact)))
 
     def moved(self, fact: Moved) -> tuple[Violation, ...]:

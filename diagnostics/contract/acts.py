@@ -60,6 +60,24 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """What differs between the ranks of a process group at a recorded step, beyond rounding; the same on every rank.
+
+    Attributes:
+        ranks: How many there are.
+        gradients: Parameters whose gradients differ, and by how much of the largest norm: 1.0 where a rank has none,
+            inf where one is not finite.
+        weights: Parameters whose values differed before the step, likewise.
+        steps: The first and the last number of the steps that met here, if it was not the same one on all ranks.
+    """
+
+    ranks: int
+    gradients: Mapping[int, float] = field(default_factory=dict)
+    weights: Mapping[int, float] = field(default_factory=dict)
+    steps: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """An optimizer step.
 
@@ -81,6 +99,7 @@ class Step:
         stranded: Parameters of a model that have a gradient and are in no optimizer, and whether their values have
             changed since they were first told of.
         unregistered: Parameters that the first forward pass used and that no model has, as people would find them.
+        compared: What differs between ranks; None where nothing was compared.
     """
 
     optimizer: str
@@ -99,6 +118,7 @@ class Step:
     foreign: frozenset[int] = NOBODY
     stranded: Mapping[int, bool] = field(default_factory=dict)
     unregistered: tuple[str, ...] = ()
+    compared: Compared | None = None
 
 
 @dataclass(frozen=True, slots=True)

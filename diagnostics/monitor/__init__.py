@@ -18,6 +18,7 @@ from diagnostics.clipping import rule_of, tensors_of
 from diagnostics.clipping.writing import Clipping
 from diagnostics.contract import Contract
 from diagnostics.diagnosis.thresholds import Thresholds
+from diagnostics.distributed import find_group, speaks
 from diagnostics.hooks import Watcher
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp
@@ -26,15 +27,11 @@ from diagnostics.monitor.guarding import Guarded
 from diagnostics.monitor.ledger import Ledger, ending, is_alarm
 from diagnostics.monitor.observation import Catalogue, Observation, Seen, see
 from diagnostics.monitor.options import Clip, Options, models_of, one_number, optimizers_of
+from diagnostics.monitor.replicas import Replicas
 from diagnostics.monitor.resuming import Resumable
 from diagnostics.monitor.schedule import LostStep, Schedule, Units
 from diagnostics.monitor.unit import Unit
-from diagnostics.records import (
-    ClipRecord,
-    NonFiniteGradientError,
-    RunInfo,
-    StepRecord,
-)
+from diagnostics.records import ClipRecord, NonFiniteGradientError, RunInfo, StepRecord
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
 
@@ -58,9 +55,12 @@ class Monitor(Guarded, Resumable):
         every: Output gradients and update ratios are taken at each of so many steps, at the first 50, and densely after
             an alarm; 0 never, 1 always.
         layers: Regular expression; only layers whose name it matches somewhere are recorded.
-        sinks: Where records go; ``"auto"`` is the console, and W&B where a run is active.
+        sinks: Where records go; ``"auto"`` is the console, and W&B where a run is active, on rank 0 only.
         thresholds: When a number becomes a diagnosis.
         run: What is known about the run; written to the sinks first.
+        process_group: Whose ranks hold replicas that should be equal, which recorded steps compare: None finds it (and
+            every rank needs a Monitor), False never communicates. What would raise on one rank then raises on all of
+            them, at the next recorded step.
 
     Raises:
         ValueError: If an option has a value that it cannot have.
@@ -94,13 +94,13 @@ class Monitor(Guarded, Resumable):
         sinks: Sequence[Sink] | str = "auto",
         thresholds: Thresholds | None = None,
         run: RunInfo | None = None,
+        process_group: Any = None,
     ) -> None:
-        self._options = Options(
-            clip, accumulate, nonfinite, on_violation, on_diagnosis, every, layers, scaler, thresholds, run
-        )
+        policies = (nonfinite, on_violation, on_diagnosis)
+        self._options = Options(clip, accumulate, *policies, every, layers, scaler, thresholds, run, process_group)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         models, stepping = models_of(model), optimizers_of(optimizers)
-        fanout = Fanout(sinks)
+        fanout = Fanout(sinks if sinks != "auto" or speaks() else [])
         self._catalogue = Catalogue(models, layers)
         self._units = Units(stepping, self._catalogue, clip)
         self._catalogue.adopt(self._units.together.parameters())
@@ -116,6 +116,8 @@ class Monitor(Guarded, Resumable):
             self._options,
             thresholds or Thresholds(),
         )
+        group = find_group(process_group, models.values()) if every else None
+        self._replicas = Replicas(group, self._catalogue, self._reader, self._schedule, self._ledger.warn)
         self._watcher = Watcher(models, self._catalogue.owners, self._catalogue.tensors(), outputs=every > 0)
         self._watcher.recording = self._schedule.due(0)
         self._scaler_watch = None if self._scaler is None else amp.ScalerWatch(self._scaler, stepping)
@@ -284,7 +286,9 @@ class Monitor(Guarded, Resumable):
             loss_scale=None if self._scaler is None else amp.loss_scale(self._scaler),
             zeros=self._zeros,
         )
+        self._replicas.ask(observation, unit.step, self._units.all.index(unit))
         observation.settle()
+        self._replicas.settle(observation, unit.step)
         self._zeros = observation.zeros
         for fact in facts():
             self._ledger.note(fact)
@@ -337,7 +341,7 @@ class Monitor(Guarded, Resumable):
         if record.recorded and not (skipped or closure):
             self._facts.moved(observation, record)
         if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
-            self._schedule.alarm(record.step)
+            self._replicas.alarm(record.step)
         self._watcher.recording = self._due()
         return record
 
@@ -379,6 +383,7 @@ class Monitor(Guarded, Resumable):
         self._enter_lost(lost)
         self._watcher.remove()
         self._ledger.close(status, error, last)
+        self._replicas.close(status)
 
     def __enter__(self) -> Monitor:  # noqa: PYI034 -- typing.Self came with Python 3.11
         return self

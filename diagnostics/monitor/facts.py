@@ -141,6 +141,7 @@ class Facts:
             foreign=self._catalogue.foreign(observation.held),
             stranded=self._read_stranded(),
             unregistered=self._look_for_unregistered(),
+            compared=observation.compared,
         )
 
     def moved(self, observation: Observation, record: StepRecord) -> None:

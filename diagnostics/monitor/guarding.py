@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from diagnostics.hooks import Watcher
 from diagnostics.monitor.ledger import LedgerView
+from diagnostics.monitor.replicas import Replicas
 from diagnostics.records import ContractError, DiagnosisError, DiagnosticsWarning, StepRecord
 
 
@@ -14,6 +15,7 @@ class Guarded(LedgerView):
     """The part of a Monitor that says what is new, and keeps its own failures away from the loop."""
 
     _watcher: Watcher
+    _replicas: Replicas
     _closed = False
     _inside = False
     _told_failure = False
@@ -26,7 +28,8 @@ class Guarded(LedgerView):
         if self._watcher.failure is not None and not self._told_failure:
             self._told_failure = True
             self._ledger.warn(_switched_off("A hook", self._watcher.failure))
-        self._ledger.announce(record, listening=self._watcher.listening)
+        with self._replicas.raising_together(record):
+            self._ledger.announce(record, listening=self._watcher.listening)
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diagnostics import statistics
 from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.writing import Clipping
-from diagnostics.contract.acts import NOBODY
+from diagnostics.contract.acts import NOBODY, Compared
 from diagnostics.depth import Call, find_owners, layer_table, unit_weights
 from diagnostics.depth.forward import Forward
 from diagnostics.hooks import Watcher
@@ -169,6 +169,9 @@ class Observation:
         recorded: Whether to take more than norms.
         zeros: Gradients that were exactly zero when last looked at closely; their norm of 0 is then believed.
         loss_scale: The AMP loss scale, which output gradients are divided by; None without a scaler.
+
+    Attributes:
+        compared: What differs between ranks; None where nothing was compared.
     """
 
     def __init__(
@@ -202,10 +205,12 @@ class Observation:
         self._recording = Recording(reader, self.passes, names, self.gradients, catalogue.dead) if recorded else None
         self._held = [tensor for tensor in held if tensor.requires_grad] if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
-        self._weights = reader.ask(statistics.parameter_norms(self._before))
+        self._weight_norms = statistics.parameter_norms(self._before)
+        self._weights = reader.ask(self._weight_norms)
         self._sampled_peaks = reader.ask(statistics.sampled_peaks(self._held)) if recorded else None
         self._places = unit.rate_places(self._held)
         self._moved: statistics.Reading | None = None
+        self.compared: Compared | None = None
 
     @property
     def loss_scale(self) -> float:
@@ -231,6 +236,18 @@ class Observation:
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
         return {index for index, norm in zip(self.indices, self.by_gradient, strict=True) if norm == 0}
+
+    def fingerprint(self) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+        """What tells a replica from another, by parameter, 0-dim and not read yet; of a recorded step, before it.
+
+        Returns:
+            The norms of the gradients, the norms of samples of the weights, and the sums of those samples.
+        """
+        gradients = {self.indices[place]: norm for place, norm in self.clipping.measured.items()}
+        held = [self.catalogue.index(tensor) for tensor in self._held]
+        norms = dict(zip(held, self._weight_norms.unbind(), strict=True))
+        sums = [statistics.projection(sample) for sample in self._before]
+        return gradients, norms, dict(zip(held, sums, strict=True))
 
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diagnostics.clipping.rules import ClipRule, checked
 from diagnostics.diagnosis.thresholds import Thresholds
+from diagnostics.distributed import is_choice
 from diagnostics.records import RunInfo
 
 NONFINITE_POLICIES = ("skip", "raise", "step")
@@ -45,6 +46,7 @@ class Options:
     scaler: torch.amp.GradScaler | None = None
     thresholds: Thresholds | None = None
     run: RunInfo | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         for name, rule in self.clip.items() if isinstance(self.clip, Mapping) else [(None, self.clip)]:
@@ -56,6 +58,7 @@ class Options:
             raise ValueError(f"accumulate must be a number of backward passes, at least 1; got {self.accumulate!r}.")
         if type(self.every) is not int or self.every < 0:
             raise ValueError(f"every must be 0 (never) or a number of steps; got {self.every!r}.")
+        _check_group(self.process_group)
         for name, choices in (
             ("nonfinite", NONFINITE_POLICIES),
             ("on_violation", REACTIONS),
@@ -68,6 +71,14 @@ class Options:
                 re.compile(self.layers)
             except (re.error, TypeError) as error:
                 raise ValueError(f"layers must be a regular expression; got {self.layers!r} ({error}).") from None
+
+
+def _check_group(choice: Any) -> None:
+    if not is_choice(choice):
+        raise TypeError(
+            "process_group must be None (find it), False (never communicate) or a torch.distributed.ProcessGroup; "
+            f"got {choice!r}."
+        )
 
 
 def one_number(name: str, value: Tensor | float | None) -> Tensor:

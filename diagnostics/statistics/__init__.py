@@ -138,6 +138,21 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
 
 
 @torch.no_grad()
+def projection(tensor: Tensor) -> Tensor:
+    """The sum of all elements over the root of their number, which is at most the 2-norm.
+
+    Equal norms do not make equal tensors (orthogonal matrices all have the same); this tells them apart.
+
+    Example:
+        >>> projection(torch.ones(4))
+        tensor(2.)
+    """
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    total = values.sum(dtype=_accumulation_dtype(values.dtype))
+    return total / math.sqrt(max(1, tensor.numel()))
+
+
+@torch.no_grad()
 def sampled_peaks(parameters: Sequence[Tensor]) -> Tensor:
     """The largest magnitude of every parameter's gradient in a sample of it; 0 where there is none to look at.
 

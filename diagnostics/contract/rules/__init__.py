@@ -27,6 +27,9 @@ REMEDIES = {
     "module.requires_grad_(False).",
     "no_update": "Raise the learning rate, or keep the weights in float32 (torch.autocast for the rest).",
     "window_size": "Step after every window of passes, at an epoch's end too, or declare more by accumulate=.",
+    "rank_divergence": "Wrap the model in DistributedDataParallel and call the wrapper, or average the gradients over "
+    "the ranks before every step; start from the same weights (rank 0's, or one seed). Ranks that are meant to differ: "
+    "process_group=False.",
     "dropped_window": "Step on a short last window, or clear the gradients where it is meant to be dropped.",
 }
 """The line to add or move, by rule."""

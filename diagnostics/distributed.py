@@ -1,0 +1,149 @@
+"""Several ranks: which group a model's replicas form, what they tell each other, which rank speaks.
+
+One rule for everything that is sent: every rank takes part in the same reductions in the same order, or in none. So
+ranks agree once, through the group's key-value store and without a collective, on whether to take part at all; after
+that what is done depends on the step's number and on reduced values, which are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from diagnostics import statistics
+
+PATIENCE = timedelta(seconds=60)
+"""How long a rank waits, once, for the others to have a Monitor too."""
+
+
+def speaks() -> bool:
+    """Whether this process is the one that speaks for all: rank 0, or the only one.
+
+    Example:
+        >>> speaks()
+        True
+    """
+    return not _several() or distributed.get_rank() == 0
+
+
+def find_group(choice: Any, models: Iterable[nn.Module]) -> Any:
+    """The process group whose ranks hold replicas of the models; None where nothing is to be compared.
+
+    Args:
+        choice: None for the group of DistributedDataParallel, or else the default group; False for none; or a group.
+        models: The models. Ranks that hold shards of them (FSDP, DTensor) are no replicas.
+
+    Returns:
+        A group of more than one rank to which this one belongs, or None.
+
+    Example:
+        >>> find_group(None, [nn.Linear(1, 1)]) is None
+        True
+    """
+    if choice is False or not _several():
+        return None
+    inside = [module for model in models for module in model.modules()]
+    if any(map(_is_sharded, inside)):
+        return None
+    wrappers = [module for module in inside if isinstance(module, nn.parallel.DistributedDataParallel)]
+    group = choice or (wrappers[0].process_group if wrappers else distributed.group.WORLD)
+    belongs = distributed.get_rank(group) >= 0
+    return group if belongs and distributed.get_world_size(group) > 1 else None
+
+
+def is_choice(value: Any) -> bool:
+    """Whether a value may be given as ``process_group``.
+
+    Example:
+        >>> is_choice(None), is_choice(False), is_choice(0)
+        (True, True, False)
+    """
+    if value is None or value is False:
+        return True
+    return distributed.is_available() and isinstance(value, distributed.ProcessGroup)
+
+
+class Ranks:
+    """The ranks of a process group, as seen from one of them.
+
+    Args:
+        group: The group.
+        parameters: Name to parameter; names and shapes must be alike on all ranks for these to be replicas.
+
+    Attributes:
+        number: How many ranks there are.
+    """
+
+    _made: dict[str, int] = {}  # noqa: RUF012 -- how many there have been by group: the n-th of each rank belong together
+
+    def __init__(self, group: Any, parameters: Mapping[str, Tensor]) -> None:
+        self._group = group
+        shapes = "; ".join(f"{name} {list(tensor.shape)}" for name, tensor in parameters.items())
+        self._signature = sha256(shapes.encode()).hexdigest()
+        self.number = distributed.get_world_size(group)
+        name = str(group.group_name)
+        count = self._made[name] = self._made.get(name, 0) + 1
+        self._key = f"diagnostics/{name}/{count}"
+        self._store = distributed.distributed_c10d._world.pg_map[group][1]  # noqa: SLF001 -- torch has no public way
+        self._store.set(f"{self._key}/{distributed.get_rank(group)}", self._signature)
+
+    def agree(self) -> bool:
+        """Whether every rank has a Monitor on the same parameters; all ranks that ask are told the same."""
+        keys = [f"{self._key}/{rank}" for rank in range(self.number)]
+        try:
+            self._store.wait(keys, PATIENCE)
+            alike = {self._store.get(key).decode() for key in keys} == {self._signature}
+        except RuntimeError:  # the time is over
+            alike = False
+        decision = f"{self._key}/decision"
+        self._store.compare_set(decision, "", "yes" if alike else "no")  # the first word stands
+        return bool(self._store.get(decision) == b"yes")
+
+    def extremes(self, numbers: Sequence[Tensor | float]) -> Tensor:
+        """The largest and the smallest value over the ranks, by one reduction.
+
+        Args:
+            numbers: 0-dim tensors and plain numbers, as many on each rank; NaN counts as infinite.
+
+        Returns:
+            Shape ``[2 * len(numbers)]``, float64: the largest values, then the smallest ones negated.
+        """
+        tensors = [one for one in numbers if isinstance(one, Tensor)]
+        measured = iter(statistics.pack(tensors).unbind())
+        device = statistics.pack(tensors[:1]).device
+        vector = torch.stack(
+            [
+                next(measured) if isinstance(one, Tensor) else torch.full((), one, dtype=torch.float64, device=device)
+                for one in numbers
+            ]
+        )
+        vector = torch.nan_to_num(vector, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        both = torch.cat([vector, -vector])
+        distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=self._group)
+        return both
+
+
+def relative_difference(largest: float, smallest: float) -> float:
+    """By how much norms differ over the ranks: 0.0 if not at all, 1.0 where one is zero, inf where one is not finite.
+
+    Example:
+        >>> relative_difference(4.0, 3.0), relative_difference(float("inf"), 3.0)
+        (0.25, inf)
+    """
+    if largest == smallest:
+        return 0.0
+    return largest if largest == float("inf") else (largest - smallest) / largest
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    parameters = module.parameters(recurse=False)
+    return type(module).__name__ == "FullyShardedDataParallel" or any(hasattr(one, "placements") for one in parameters)
