@@ -65,7 +65,9 @@ def is_choice(value: Any) -> bool:
     """
     if value is None or value is False:
         return True
-    return distributed.is_available() and isinstance(value, distributed.ProcessGroup)
+    if not distributed.is_available():
+        return False
+    return isinstance(value, distributed.ProcessGroup) or value == distributed.GroupMember.NON_GROUP_MEMBER
 
 
 class Ranks:
@@ -79,18 +81,15 @@ class Ranks:
         number: How many ranks there are.
     """
 
-    _made: dict[str, int] = {}  # noqa: RUF012 -- how many there have been by group: the n-th of each rank belong together
-
     def __init__(self, group: Any, parameters: Mapping[str, Tensor]) -> None:
         self._group = group
         shapes = "; ".join(f"{name} {list(tensor.shape)}" for name, tensor in parameters.items())
         self._signature = sha256(shapes.encode()).hexdigest()
         self.number = distributed.get_world_size(group)
-        name = str(group.group_name)
-        count = self._made[name] = self._made.get(name, 0) + 1
-        self._key = f"diagnostics/{name}/{count}"
+        rank = distributed.get_rank(group)
         self._store = distributed.distributed_c10d._world.pg_map[group][1]  # noqa: SLF001 -- torch has no public way
-        self._store.set(f"{self._key}/{distributed.get_rank(group)}", self._signature)
+        self._key = f"diagnostics/{self._store.add(f'diagnostics/{rank}', 1)}"  # each rank's n-th belong together
+        self._store.set(f"{self._key}/{rank}", self._signature)
 
     def agree(self) -> bool:
         """Whether every rank has a Monitor on the same parameters; all ranks that ask are told the same."""

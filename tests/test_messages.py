@@ -321,9 +321,9 @@ CASES: dict[str, Case] = {
         "layers must be a regular expression; got '(' (missing ), unterminated subpattern at position 0).",
     ),
     "process_group": (
-        lambda: monitor(process_group=True),
+        lambda: monitor(process_group=3),
         TypeError,
-        "process_group must be None (find it), False (never communicate) or a torch.distributed.ProcessGroup; got True.",
+        "process_group must be None (find it), False (never communicate) or a torch.distributed.ProcessGroup; got 3.",
     ),
     "sinks by name": (
         lambda: monitor(sinks="console"),
