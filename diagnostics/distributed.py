@@ -36,7 +36,7 @@ def find_group(choice: Any, models: Iterable[nn.Module]) -> Any:
 
     Args:
         choice: None for the group of DistributedDataParallel, or else the default group; False for none; or a group.
-        models: The models. Ranks that hold shards of them (FSDP, DTensor) are no replicas.
+        models: The models.
 
     Returns:
         A group of more than one rank to which this one belongs, or None.
@@ -48,12 +48,21 @@ def find_group(choice: Any, models: Iterable[nn.Module]) -> Any:
     if choice is False or not _several():
         return None
     inside = [module for model in models for module in model.modules()]
-    if any(map(_is_sharded, inside)):
-        return None
     wrappers = [module for module in inside if isinstance(module, nn.parallel.DistributedDataParallel)]
     group = choice or (wrappers[0].process_group if wrappers else distributed.group.WORLD)
     belongs = distributed.get_rank(group) >= 0
     return group if belongs and distributed.get_world_size(group) > 1 else None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank holds only a part of the model's parameters, or of some: FSDP, or parameters that are DTensors.
+
+    Example:
+        >>> is_sharded(nn.Linear(1, 1))
+        False
+    """
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return wrapped or any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 
 def is_choice(value: Any) -> bool:
@@ -141,8 +150,3 @@ def relative_difference(largest: float, smallest: float) -> float:
 
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    parameters = module.parameters(recurse=False)
-    return type(module).__name__ == "FullyShardedDataParallel" or any(hasattr(one, "placements") for one in parameters)

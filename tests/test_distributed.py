@@ -346,6 +346,19 @@ def test_ranks_with_different_models_are_not_compared(on_two_ranks):
     assert on_two_ranks(only_on, ranks=[0, 1], other=True) == [[NOT_COMPARED]] * 2
 
 
+def sharded(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(net(), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(TypeError, match="sharded"):
+        watching(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_shards_are_refused_and_never_taken_for_whole_gradients(on_two_ranks):
+    assert on_two_ranks(sharded) == [None, None]
+
+
 # alarms, skips and errors of one rank
 
 

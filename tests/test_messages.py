@@ -320,6 +320,14 @@ CASES: dict[str, Case] = {
         ValueError,
         "layers must be a regular expression; got '(' (missing ), unterminated subpattern at position 0).",
     ),
+    "model sharded": (
+        lambda: Monitor(type("FullyShardedDataParallel", (nn.Linear,), {})(2, 1), sgd(model())),
+        TypeError,
+        (
+            "model must hold whole parameters on every rank; got one that is sharded (FSDP or DTensor), which no rank "
+            "could measure alone."
+        ),
+    ),
     "process_group": (
         lambda: monitor(process_group=3),
         TypeError,

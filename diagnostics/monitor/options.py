@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diagnostics.clipping.rules import ClipRule, checked
 from diagnostics.diagnosis.thresholds import Thresholds
-from diagnostics.distributed import is_choice
+from diagnostics.distributed import is_choice, is_sharded
 from diagnostics.records import RunInfo
 
 NONFINITE_POLICIES = ("skip", "raise", "step")
@@ -103,6 +103,11 @@ def models_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module
     for found in models.values():
         if not isinstance(found, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or a mapping of names to modules; got {found!r}.")
+        if is_sharded(found):
+            raise TypeError(
+                "model must hold whole parameters on every rank; got one that is sharded (FSDP or DTensor), which no "
+                "rank could measure alone."
+            )
     if not models:
         raise ValueError("model must hold at least one module; got an empty mapping.")
     return models
