@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parameter import is_lazy
 
 from diagnostics import statistics
 
@@ -92,8 +93,8 @@ class Ranks:
 
     def __init__(self, group: Any, parameters: Mapping[str, Tensor]) -> None:
         self._group = group
-        shapes = "; ".join(f"{name} {list(tensor.shape)}" for name, tensor in parameters.items())
-        self._signature = sha256(shapes.encode()).hexdigest()
+        sizes = {name: "?" if is_lazy(tensor) else list(tensor.shape) for name, tensor in parameters.items()}
+        self._signature = sha256(str(sizes).encode()).hexdigest()
         self.number = distributed.get_world_size(group)
         rank = distributed.get_rank(group)
         self._store = distributed.distributed_c10d._world.pg_map[group][1]  # noqa: SLF001 -- torch has no public way
@@ -121,14 +122,10 @@ class Ranks:
         Returns:
             Shape ``[2 * len(numbers)]``, float64: the largest values, then the smallest ones negated.
         """
-        tensors = [one for one in numbers if isinstance(one, Tensor)]
-        measured = iter(statistics.pack(tensors).unbind())
-        device = statistics.pack(tensors[:1]).device
+        measured = statistics.pack([one for one in numbers if isinstance(one, Tensor)])
+        parts = iter(measured.unbind())
         vector = torch.stack(
-            [
-                next(measured) if isinstance(one, Tensor) else torch.full((), one, dtype=torch.float64, device=device)
-                for one in numbers
-            ]
+            [next(parts) if isinstance(one, Tensor) else measured.new_full((), one) for one in numbers]
         )
         vector = torch.nan_to_num(vector, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         both = torch.cat([vector, -vector])
