@@ -171,7 +171,8 @@ def test_the_tree_is_the_tree():
     package = [path.relative_to(ROOT) for path in (ROOT / "diagnostics").rglob("*") if path.suffix in {".py", ".html"}]
     conf = [path.relative_to(ROOT) for path in CONF.iterdir()]
     there = {str(path) for path in package} | {f"{path}/" if (ROOT / path).is_dir() else str(path) for path in conf}
-    there |= {f"{folder}/" for path in package for folder in path.parents[:-1]}
+    there |= {f"{folder}/" for path in package for folder in path.parents[:-1]} | {"diagnostics/explain/pages/"}
+    there |= {f"scripts/{path.name}/" for path in (ROOT / "scripts").iterdir() if path.is_dir() and path.name[0] != "_"}
     there |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py")} | {"scripts/", "conf/", "tests/"}
     there |= {"pyproject.toml", "constraints.txt", "Makefile"}
     assert set(tree()) == there

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diagnostics.contract.acts import Backward, Closing, Moved, Step
-from diagnostics.contract.rules import Finding, at, describe, modules
+from diagnostics.contract.rules import Finding, Judge, at, describe, modules
 
 PATIENCE = 3
 """Steps, after the first that showed it, before something is taken for what it looks like."""
@@ -60,7 +60,7 @@ class _Seen:
     lost: bool = False
 
 
-class Parameters:
+class Parameters(Judge):
     """The rules ``param_not_in_optimizer`` to ``no_grad_flow``, and ``no_update``.
 
     Args:
