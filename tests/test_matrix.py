@@ -86,7 +86,7 @@ REFUSED_TOGETHER = {
     "trainer.micro_batches=3": "trainer.micro_batches must divide batch_size, 4; got 3.",
     "trainer.mistake=clip_after_step trainer.precision=fp16": "trainer.precision must be fp32 or bf16 with "
     "mistake=clip_after_step; got 'fp16'.",
-    "trainer.mistake=clip_after_step clip=none": "trainer.mistake=clip_after_step needs something to clip with; "
+    "trainer.mistake=clip_after_step clip=none": "trainer.mistake=clip_after_step needs a norm to clip with; "
     "add clip=norm.",
     "task=pysource model=gpt model.width=10 model.heads=3": "model.width must be a multiple of heads, 3; got 10.",
     "task=pysource model=gpt task.context=100000000": "task.context must be at least 1 byte and shorter than the "
