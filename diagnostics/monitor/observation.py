@@ -262,9 +262,10 @@ class Observation:
         if moved is None:
             return Layers(measured)
         names = [self.catalogue.name(tensor) for tensor in self._held]
+        told = [layer for layer, _ in chosen]
 
         def updates() -> list[float | None]:
-            return update_ratios(measured(), weights, dict(zip(names, moved.values, strict=True)))
+            return update_ratios(told, weights, dict(zip(names, moved.values, strict=True)))
 
         return Layers(measured, updates)
 
