@@ -15,6 +15,7 @@ from diagnostics import statistics
 from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.writing import Clipping
 from diagnostics.contract.acts import NOBODY
+from diagnostics.contract.rules.clips import EXCESS
 from diagnostics.depth import Call, find_owners, layer_table, unit_weights
 from diagnostics.depth.forward import Forward
 from diagnostics.hooks import Watcher
@@ -156,6 +157,20 @@ def see(observation: Observation, own: ClipRecord | None, *, late: bool = False)
     return Seen(observation, merged, own.total_norm_after / own.total_norm, late)
 
 
+def as_spent(seen: Seen) -> Seen:
+    """The same step, by what it has left in ``.grad`` where it began with more than was declared.
+
+    Some optimizers clip inside ``step()``, before they hand on to the class that they were made from.
+    """
+    limit = seen.observation.clipping.state.max_norm
+    if seen.late or limit is None or not limit * (1 + EXCESS) < seen.clip.total_norm_after < math.inf:
+        return seen
+    left = seen.observation.norm_now()
+    if not 0 < left <= limit * (1 + EXCESS):
+        return seen
+    return replace(seen, clip=replace(seen.clip, applied=True, total_norm_after=left))
+
+
 class Observation:
     """The measurements of one step.
 
@@ -231,6 +246,13 @@ class Observation:
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
         return {index for index, norm in zip(self.indices, self.by_gradient, strict=True) if norm == 0}
+
+    def norm_now(self) -> float:
+        """The norm of the gradients as they are by now, by a copy from the device of its own."""
+        _, gradients = statistics.gradients_of(self.held)
+        now = Clipping(gradients, self.clipping.state, self.reader)
+        now.settle()
+        return now.total / self.clipping.scale
 
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""
