@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from diagnostics import MemorySink, Monitor
 from diagnostics.cli import Job, assemble, build, run
 from diagnostics.configs import CONF, ConfigurationError, resolve
-from diagnostics.trainers.loop import PRECISIONS, TrainerSettings, make_scaler, train
+from diagnostics.trainers.loop import train
+from diagnostics.trainers.settings import PRECISIONS, TrainerSettings, make_scaler
 
 # The conf files with sizes that a test can afford.
 TASKS = {
