@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_research_loops import adam, mlp
 from test_rules import found, loss_of, net, watching
+from torch import nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
@@ -69,7 +70,56 @@ def entropy_coefficient_before_the_networks(watched):
     return [*actor.parameters(), *critic.parameters(), log_alpha]
 
 
+class Quantizer(nn.Module):
+    """A codebook that is a moving average, kept in parameters that every forward pass replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.average = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, z):
+        chosen = functional.one_hot(torch.cdist(z.detach(), self.embedding.weight).argmin(1), 12).float()
+        quantized = chosen @ self.embedding.weight
+        self.average = nn.Parameter(0.99 * self.average + 0.01 * (chosen.t() @ z))
+        self.embedding.weight = nn.Parameter(self.average / 0.99)
+        return z + (quantized - z).detach(), functional.mse_loss(quantized.detach(), z)
+
+
+def codebook_that_is_a_moving_average(watched):
+    """The VQ-VAE notebook from Zalando Research: its optimizer holds a codebook that only the forward pass moves."""
+    model = nn.ModuleDict({"encoder": mlp(6, 16, 8), "quantizer": Quantizer(), "decoder": mlp(8, 16, 6)})
+    optimizer = adam(model)
+    watched(model, optimizer)
+    for _ in range(STEPS):
+        x = torch.randn(8, 6)
+        optimizer.zero_grad()
+        quantized, commitment = model["quantizer"](model["encoder"](x))
+        (functional.mse_loss(model["decoder"](quantized), x) + 0.25 * commitment).backward()
+        optimizer.step()
+    return [*model.parameters()]
+
+
+def momentum_encoder_in_the_optimizer(watched):
+    """MoCo written in haste: the key encoder is nowhere frozen, only moved under no_grad."""
+    query, key = mlp(6, 16, 8), mlp(6, 16, 8)
+    model = nn.ModuleDict({"query": query, "key": key})
+    optimizer = adam(model)
+    watched(model, optimizer)
+    for _ in range(STEPS):
+        with torch.no_grad():
+            for new, old in zip(query.parameters(), key.parameters(), strict=True):
+                old.data = old.data * 0.9 + new.data * 0.1
+            wanted = key(torch.randn(8, 6))
+        optimizer.zero_grad()
+        functional.mse_loss(query(torch.randn(8, 6)), wanted + 1).backward()
+        optimizer.step()
+    return [*model.parameters()]
+
+
 SILENT = [
+    codebook_that_is_a_moving_average,
+    momentum_encoder_in_the_optimizer,
     optimizer_that_clips_in_its_step,
     entropy_coefficient_before_the_networks,
 ]
@@ -99,3 +149,26 @@ def test_a_lawful_loop_is_silent_and_trains_as_it_would_unwatched(loop):
         assert [found(monitor) for monitor in monitors] == [[] for _ in monitors]
         assert any(monitor.records for monitor in monitors)
         assert all(map(torch.equal, trained, alone))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("replace", ["head", "weight norm"])
+def test_parameters_that_the_model_gets_in_the_middle_and_no_optimizer_has_are_found(replace, set_to_none):
+    def loop(watched):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watched(model, optimizer)
+        for step in range(STEPS):
+            if step == 3:
+                new = nn.Linear(8, 3)
+                model[4] = new if replace == "head" else nn.utils.parametrizations.weight_norm(new)
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss_of(model).backward()
+            optimizer.step()
+        return [*model.parameters()]
+
+    _, (monitor,) = run(loop)
+    ((rule, step, names),) = found(monitor)
+    assert (rule, step) == ("param_not_in_optimizer", 3)
+    assert {name.split(".")[0] for name in names} == {"4"}
+    assert len(names) == (2 if replace == "head" else 3)

@@ -48,6 +48,7 @@ class Catalogue:
         self._index = {id(tensor): index for index, tensor in enumerate(named.values())}
         self._homes = {name: owner.root for owner in self.owners for name in owner.parameters}
         self._inside = len(self.names)
+        self._admitted: set[int] = set()
         places = {name: place for place, name in enumerate(self.names)}
         self._of_owners = [[places[name] for name in owner.parameters] for owner in self.owners]
         self._pattern = None if pattern is None else re.compile(pattern)
@@ -67,6 +68,22 @@ class Catalogue:
             self._tensors.append(weakref.ref(tensor))
         return new
 
+    def admit(self, models: Mapping[str, nn.Module]) -> tuple[list[Tensor], set[int]]:
+        """Takes in parameters that models have got since, where they have a gradient.
+
+        Returns:
+            Those parameters, and the indices of the ones that models have no more.
+        """
+        named = find_owners(models)[1]
+        held = {id(tensor) for tensor in named.values()}
+        gone = {index for index in range(self._inside) if id(self._tensors[index]()) not in held}
+        new = {name: one for name, one in named.items() if id(one) not in self._index and one.grad is not None}
+        self.adopt(list(new.values()))
+        for name, tensor in new.items():
+            self.names[self.index(tensor)] = name
+            self._admitted.add(self.index(tensor))
+        return list(new.values()), gone
+
     def index(self, tensor: Tensor) -> int:
         """The index of a known parameter."""
         return self._index[id(tensor)]
@@ -85,13 +102,13 @@ class Catalogue:
 
     def is_inside(self, index: int) -> bool:
         """Whether a model has the parameter."""
-        return index < self._inside
+        return index < self._inside or index in self._admitted
 
     def foreign(self, tensors: Iterable[Tensor]) -> frozenset[int]:
         """Those that no model has."""
         if len(self.names) == self._inside:
             return NOBODY
-        return frozenset(index for index in self.known(tensors) if index >= self._inside)
+        return frozenset(index for index in self.known(tensors) if not self.is_inside(index))
 
     def parameters_of(self, owners: Iterable[int]) -> frozenset[int]:
         """The parameters of some owners."""
@@ -246,6 +263,10 @@ class Observation:
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
         return {index for index, norm in zip(self.indices, self.by_gradient, strict=True) if norm == 0}
+
+    def sampled_norms(self) -> dict[int, float]:
+        """The norm of each trainable parameter's sample before a recorded step, by index."""
+        return dict(zip(map(self.catalogue.index, self._held), self._weights.values, strict=True))
 
     def norm_now(self) -> float:
         """The norm of the gradients as they are by now, by a copy from the device of its own."""
