@@ -1,13 +1,13 @@
 # Every target sets up .venv by itself; it needs only make and a Python from 3.10 to 3.13.
 #   make run                                  train the default model
 #   make run ARGS="model.depth=12"            with Hydra overrides
-#   make sweep                                a multirun of six jobs
+#   make sweep                                experiment=depth_sweep: jobs that stop when sick, and their twins
 #   make test, make test-slow, make check     the quick tests; the slow ones; formatting, lint, types and all quick tests
+#   make bench                                what watching costs; ARGS=--quick for a smoke run
 #   make run PYTHON=python3.12                with another interpreter
 
 PYTHON ?= python3
 ARGS ?=
-SWEEP ?= model.depth=4,8,16 model.activation=sigmoid,relu
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -16,19 +16,22 @@ STAMP := $(VENV)/.$(subst /,_,$(PYTHON))-test
 STAMP_CHECK := $(VENV)/.$(subst /,_,$(PYTHON))-check
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable
 
-.PHONY: run sweep test test-slow check clean
+.PHONY: run sweep test test-slow bench check clean
 
 run: $(STAMP)
 	$(RUN) scripts/train.py $(ARGS)
 
 sweep: $(STAMP)
-	$(RUN) scripts/train.py --multirun $(SWEEP) $(ARGS)
+	$(RUN) scripts/train.py experiment=depth_sweep $(ARGS)
 
 test: $(STAMP)
 	$(RUN) -m pytest $(ARGS)
 
 test-slow: $(STAMP)
 	$(RUN) -m pytest -m slow $(ARGS)
+
+bench: $(STAMP)
+	$(RUN) scripts/bench.py $(ARGS)
 
 check: $(STAMP_CHECK)
 	$(RUN) -m ruff format --check .

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from diagnostics.clipping.rules import ClipRule
     from diagnostics.monitor import Monitor
     from diagnostics.sinks import Sink
-    from diagnostics.trainers.loop import TrainerSettings
+    from diagnostics.trainers.settings import TrainerSettings
     from diagnostics.trainers.tasks import Task
 
 OURS = ("diagnostics", "torch")  # what a `_target_` may name where trusted_packages adds nothing
@@ -152,6 +152,7 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
     from diagnostics.sinks.console import say
     from diagnostics.trainers import loop
     from diagnostics.trainers.provenance import describe_run
+    from diagnostics.trainers.settings import objective
 
     parts = assemble(settings)
     info = describe_run(
@@ -184,7 +185,7 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
         print(f"{info.name}: {shown} after {steps} steps")
         if settings["diagnostics"]["second_opinion"] and monitor.verdict().severity >= WARNING:
             _ask_again(place, monitor, steps)
-        return loop.objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
+        return objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
     finally:
         if settings["sink"]["runlog"]:
             _print_page(place.directory / settings["sink"]["runlog"]["path"], place.directory / PAGE)
@@ -223,7 +224,7 @@ def assemble(settings: Mapping[str, Any]) -> Parts:
 
     from diagnostics.clipping.rules import ClipByNorm
     from diagnostics.monitor.options import Options
-    from diagnostics.trainers.loop import check_together, choose_device, make_scaler
+    from diagnostics.trainers.settings import check_together, choose_device, make_scaler
 
     trainer = build(settings["trainer"], "trainer")
     trusted = (*OURS, *settings["trusted_packages"])

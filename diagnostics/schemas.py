@@ -292,7 +292,7 @@ class SinksConfig:
 class TrainerConfig:
     """conf/trainer/default.yaml."""
 
-    _target_: str = "diagnostics.trainers.loop.TrainerSettings"
+    _target_: str = "diagnostics.trainers.settings.TrainerSettings"
     steps: int = MISSING
     batch_size: int = MISSING
     micro_batches: int = MISSING

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -18,3 +20,18 @@ def _seed() -> None:
 def mlp() -> nn.Sequential:
     """Three Linear layers with an in-place operation between them, which module backward hooks cannot bear."""
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Calls the training job with a command line in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    from diagnostics import cli  # loads Hydra, which most tests do without
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["scripts/train.py", *arguments])
+        cli.train()
+
+    return start

@@ -432,7 +432,7 @@ def test_type_checkers_see_the_names_that_are_resolved_on_first_use() -> None:
 
 
 def checked_names(source: str) -> set[tuple[str, str]]:
-    """Module and name of everything that is imported under TYPE_CHECKING."""
+    """Module and name of everything that is imported under TYPE_CHECKING as itself, which is what a checker exports."""
     blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
     return {
         (str(node.module), alias.name)
@@ -441,6 +441,7 @@ def checked_names(source: str) -> set[tuple[str, str]]:
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
+        if alias.asname == alias.name
     }
 
 

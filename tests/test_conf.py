@@ -133,9 +133,10 @@ def test_the_schema_offers_what_the_code_offers():
     from diagnostics.clipping.groups import GROUPINGS
     from diagnostics.clipping.rules import TARGETS
     from diagnostics.monitor.options import NONFINITE_POLICIES, REACTIONS
-    from diagnostics.trainers.loop import MISTAKES, PRECISIONS
+    from diagnostics.trainers.mistakes import MISTAKES
     from diagnostics.trainers.models import ACTIVATIONS, GAINS, INITS, NORMS
     from diagnostics.trainers.schedules import SCHEDULES
+    from diagnostics.trainers.settings import PRECISIONS
 
     pairs = {
         schemas.Activation: ACTIVATIONS,

@@ -18,7 +18,7 @@ from wandb_server import wandb_server
 from diagnostics import read_run, schemas
 from diagnostics.cli import assemble
 from diagnostics.configs import CONF, resolve
-from diagnostics.trainers.loop import OBJECTIVES
+from diagnostics.trainers.settings import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 SWEEP = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text())

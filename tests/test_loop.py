@@ -12,8 +12,9 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from diagnostics import ClipByNorm, MemorySink, Monitor
-from diagnostics.trainers.loop import PRECISIONS, TrainerSettings, autocast, evaluate, make_scaler, train
+from diagnostics.trainers.loop import autocast, evaluate, train
 from diagnostics.trainers.schedules import SCHEDULES, factor, make_schedule
+from diagnostics.trainers.settings import PRECISIONS, TrainerSettings, make_scaler
 from diagnostics.trainers.tasks import Digits
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from diagnostics import MemorySink, Monitor
 from diagnostics.cli import Job, assemble, build, run
 from diagnostics.configs import CONF, ConfigurationError, resolve
-from diagnostics.trainers.loop import PRECISIONS, TrainerSettings, make_scaler, train
+from diagnostics.trainers.loop import train
+from diagnostics.trainers.settings import PRECISIONS, TrainerSettings, make_scaler
 
 # The conf files with sizes that a test can afford.
 TASKS = {
@@ -86,7 +87,7 @@ REFUSED_TOGETHER = {
     "trainer.micro_batches=3": "trainer.micro_batches must divide batch_size, 4; got 3.",
     "trainer.mistake=clip_after_step trainer.precision=fp16": "trainer.precision must be fp32 or bf16 with "
     "mistake=clip_after_step; got 'fp16'.",
-    "trainer.mistake=clip_after_step clip=none": "trainer.mistake=clip_after_step needs something to clip with; "
+    "trainer.mistake=clip_after_step clip=none": "trainer.mistake=clip_after_step needs a norm to clip with; "
     "add clip=norm.",
     "task=pysource model=gpt model.width=10 model.heads=3": "model.width must be a multiple of heads, 3; got 10.",
     "task=pysource model=gpt task.context=100000000": "task.context must be at least 1 byte and shorter than the "

@@ -466,7 +466,8 @@ def test_where_no_output_gradient_is_seen_health_is_not_asserted():
 
 
 def test_a_run_that_looks_before_it_trains_has_the_weights_and_records_of_one_that_does_not():
-    from diagnostics.trainers.loop import TrainerSettings, look, train
+    from diagnostics.trainers.loop import look, train
+    from diagnostics.trainers.settings import TrainerSettings
     from diagnostics.trainers.tasks import Digits
 
     task, settings = Digits(), TrainerSettings(steps=3, batch_size=16)

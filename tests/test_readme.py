@@ -18,6 +18,8 @@ from torch import nn
 
 from diagnostics import ClipByNorm, Monitor
 from diagnostics.configs import CONF, register_trainers, resolve
+from diagnostics.contract.rules import REMEDIES
+from diagnostics.diagnosis.conditions import AT_RECORDED_STEPS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +48,17 @@ def test_the_first_commands_are_make_run_and_make_test():
     assert [line.split("#")[0].strip() for line in SHELL[0].strip().splitlines()] == ["make run", "make test"]
 
 
+@pytest.fixture
+def _nothing_added():
+    """What a block adds to the lists of rules and conditions is taken away again."""
+    known = [(one, dict(one)) for one in (REMEDIES, AT_RECORDED_STEPS)]
+    yield
+    for one, before in known:
+        one.clear()
+        one.update(before)
+
+
+@pytest.mark.usefixtures("_nothing_added")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_the_python_blocks_run_without_a_warning(number, capsys):
     with warnings.catch_warnings():
@@ -115,6 +128,22 @@ def test_a_model_and_a_task_of_one_s_own_train(shown_files):
     assert len(list(shown_files.glob("outputs/*/run.jsonl"))) == 1
 
 
+@pytest.mark.usefixtures("_nothing_added")
+@pytest.mark.parametrize(
+    ("title", "said"),
+    [
+        ("A statistic", "weights/kurtosis"),
+        ("A rule of the loop", "scale_collapsed: Step 0 ran at loss scale 0.5."),
+        ("A condition", "one_layer_rules (notice) since step 0: "),
+        ("A sink", "smallest gradient at 0"),
+    ],
+)
+def test_what_is_added_in_ten_minutes_works(capsys, title, said):
+    text = section("How to add …").split(f"**{title}**")[1].split("```python\n")[1].split("```")[0]
+    exec(compile(text, title, "exec"), {})
+    assert said in capsys.readouterr().out
+
+
 def test_every_override_that_matters_composes():
     table = section("Configuration and sweeps").split("The overrides that matter:")[1].split("\n\n")[1]
     lines = [line for row in rows(table)[1:] for line in code(row[0])]
@@ -171,7 +200,8 @@ def test_the_tree_is_the_tree():
     package = [path.relative_to(ROOT) for path in (ROOT / "diagnostics").rglob("*") if path.suffix in {".py", ".html"}]
     conf = [path.relative_to(ROOT) for path in CONF.iterdir()]
     there = {str(path) for path in package} | {f"{path}/" if (ROOT / path).is_dir() else str(path) for path in conf}
-    there |= {f"{folder}/" for path in package for folder in path.parents[:-1]}
+    there |= {f"{folder}/" for path in package for folder in path.parents[:-1]} | {"diagnostics/explain/pages/"}
+    there |= {f"scripts/{path.name}/" for path in (ROOT / "scripts").iterdir() if path.is_dir() and path.name[0] != "_"}
     there |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py")} | {"scripts/", "conf/", "tests/"}
     there |= {"pyproject.toml", "constraints.txt", "Makefile"}
     assert set(tree()) == there

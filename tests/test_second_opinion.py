@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-import pytest
-
-from diagnostics.cli import train
 from diagnostics.configs import resolve
 from diagnostics.jobs import recompose
 from diagnostics.records import Remedy, Verdict
@@ -48,18 +43,6 @@ def test_overrides_of_a_group_that_is_chosen_anew_are_left_behind():
     assert config["model"]["_target_"].endswith("LSTM")
     assert (config["trainer"]["seed"], config["trainer"]["steps"]) == (3, 50)
     assert config["task"]["lag"] == 10
-
-
-@pytest.fixture
-def start(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-
-    def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["scripts/train.py", *arguments])
-        train()
-
-    return start
 
 
 SHORT = ("trainer.steps=600", "model.width=32", "optimizer=sgd", "sink=[]", "diagnostics.second_opinion=true")

@@ -6,31 +6,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from diagnostics import read_run
-from diagnostics.cli import assemble, report, train
+from diagnostics.cli import assemble, report
 from diagnostics.configs import CONF, resolve
 from diagnostics.jobs import TellStopping
 from diagnostics.records import ClipRecord, RunEnd, RunInfo, StepRecord, Verdict
 from diagnostics.reports.stopping import tell_stopping
 from diagnostics.runlog import Run
-
-
-@pytest.fixture
-def start(monkeypatch, tmp_path):
-    """Calls the training job with a command line in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-
-    def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["scripts/train.py", *arguments])
-        train()
-
-    return start
-
 
 SICK = ("model.activation=sigmoid", "model.depth=8", "optimizer=sgd", "trainer.patience=20", "sink=[console,runlog]")
 

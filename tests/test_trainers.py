@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from diagnostics import ClipByNorm, MemorySink, Monitor
 from diagnostics.trainers import progress as progress_module
-from diagnostics.trainers.loop import OBJECTIVES, TrainerSettings, choose_device, evaluate, objective, train
+from diagnostics.trainers.loop import evaluate, train
 from diagnostics.trainers.mistakes import MISTAKES, WITH_A_SCALER, WITHIN_A_WINDOW
 from diagnostics.trainers.models import MLP
 from diagnostics.trainers.progress import Progress, write_line
 from diagnostics.trainers.provenance import describe_run, git_state
+from diagnostics.trainers.settings import OBJECTIVES, TrainerSettings, choose_device, objective
 from diagnostics.trainers.tasks import Digits, _load_digits
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from diagnostics.contract.acts import Backward, Clip, Closing, Moved, Step
-from diagnostics.contract.rules import REMEDIES, Finding
+from diagnostics.contract.rules import REMEDIES, Finding, Judge
 from diagnostics.contract.rules.clips import Clips
 from diagnostics.contract.rules.gradients import Gradients
 from diagnostics.contract.rules.parameters import Parameters
@@ -36,6 +36,9 @@ class Contract:
         names: Parameter names by index; the list may grow while the loop runs.
         accumulate: Backward passes that one step is meant to spend.
 
+    Attributes:
+        judges: The families of rules, asked in this order; the first takes a pass before the windows do.
+
     Example:
         >>> contract = Contract(["weight"])
         >>> contract.backward(Backward(frozenset({0})))
@@ -48,10 +51,8 @@ class Contract:
 
     def __init__(self, names: Sequence[str], accumulate: int = 1) -> None:
         self.names = names
-        self._gradients = Gradients(names, accumulate)
-        self._clips = Clips(names, self._gradients.windows)
-        self._parameters = Parameters(names)
-        self._replicas = Replicas(names)
+        gradients = Gradients(names, accumulate)
+        self.judges: list[Judge] = [Clips(names, gradients.windows), gradients, Parameters(names), Replicas(names)]
         self._found: dict[tuple[str, tuple[str, ...]], Violation] = {}
 
     @property
@@ -61,31 +62,25 @@ class Contract:
 
     def backward(self, fact: Backward) -> None:
         """Takes a backward pass."""
-        self._clips.backward(fact)
-        self._gradients.backward(fact)
-        self._parameters.backward(fact)
+        for judge in self.judges:
+            judge.backward(fact)
 
     def clip(self, fact: Clip) -> tuple[Violation, ...]:
         """Takes a clip call; one outside the window explains the excess of the step before it."""
-        return self._report(self._clips.clip(fact))
+        return self._report(finding for judge in self.judges for finding in judge.clip(fact))
 
     def step(self, fact: Step) -> tuple[Violation, ...]:
         """Takes a step; returns what it broke, and the cause of an earlier excess that only now is known."""
-        judges = (self._clips, self._gradients, self._parameters, self._replicas)
-        return tuple(violation for judge in judges for violation in self._report(judge.step(fact)))
+        return self._report(finding for judge in self.judges for finding in judge.step(fact))
 
     def moved(self, fact: Moved) -> tuple[Violation, ...]:
         """Takes what a recorded step did to the weights."""
-        return self._report(self._parameters.moved(fact))
+        return self._report(finding for judge in self.judges for finding in judge.moved(fact))
 
     def close(self, fact: Closing | None = None) -> tuple[Violation, ...]:
         """The end of the loop; returns what is left to say."""
         last = fact or Closing()
-        return (
-            *self._report(self._clips.close()),
-            *self._report(self._gradients.close(last)),
-            *self._report(self._parameters.close(last)),
-        )
+        return self._report(finding for judge in self.judges for finding in judge.close(last))
 
     def _report(self, findings: Iterable[Finding]) -> tuple[Violation, ...]:
         return tuple(self._count(finding) for finding in findings)

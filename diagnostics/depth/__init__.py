@@ -31,6 +31,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from diagnostics.records import Layer
 
@@ -122,7 +123,7 @@ def unit_weights(owners: Sequence[Owner], parameters: Mapping[str, Tensor]) -> d
 
     Returns:
         Name of the parameter to the dimension that counts units: 0, but 1 for transposed convolutions. Not those of
-        embeddings, whose rows are tokens.
+        embeddings, whose rows are tokens, and not those of lazy modules, whose shape is not known yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Embedding(5, 3))
@@ -132,7 +133,7 @@ def unit_weights(owners: Sequence[Owner], parameters: Mapping[str, Tensor]) -> d
     found = {}
     for owner in owners:
         module = owner.module()
-        weights = [name for name in owner.parameters if parameters[name].dim() > 1]
+        weights = [name for name in owner.parameters if not is_lazy(parameters[name]) and parameters[name].dim() > 1]
         if weights and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             found[weights[0]] = int(isinstance(module, nn.modules.conv._ConvTransposeNd))  # noqa: SLF001
     return found

@@ -11,7 +11,7 @@ Weight gradients are read at the step, since parameter hooks see them before all
 parameter hooks are for is to know which backward pass accumulated into which parameter, and what was left in ``.grad``
 when the pass began.
 
-Inside a compiled model there are no forward hooks: output gradients are not seen, weight gradients are.
+Inside a compiled or scripted model there are no forward hooks: output gradients are not seen, weight gradients are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from diagnostics import statistics
@@ -30,7 +31,7 @@ from diagnostics.depth import Owner
 from diagnostics.depth.forward import Forward, Point, Role
 from diagnostics.hooks.callback import Hook as _Hook
 from diagnostics.hooks.callback import graph_task as _graph_task
-from diagnostics.hooks.callback import has_closure
+from diagnostics.hooks.callback import has_closure, takes_hooks
 from diagnostics.hooks.graph import Leaves
 from diagnostics.hooks.marks import Marks, State, is_other, state
 from diagnostics.hooks.passes import BackwardPass, measured
@@ -96,11 +97,11 @@ class Watcher:
         self._watch_unfrozen()
 
     def _watch_unfrozen(self) -> None:
-        """Hooks on parameters that take gradients by now; torch allows none on those that do not."""
+        """Hooks on parameters that take gradients by now; torch allows none on those that do not, or are lazy still."""
         frozen, self._frozen = self._frozen, []
         for index in frozen:
             parameter = self._parameters[index]()
-            if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+            if parameter is not None and not is_lazy(parameter) and parameter.requires_grad and parameter.is_leaf:
                 after = _Hook(self, self._after_accumulation, index)
                 handle = parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
@@ -202,15 +203,16 @@ class Watcher:
     # forward
 
     def _watch_forward(self, models: Mapping[str, nn.Module]) -> None:
-        for root, model in enumerate(models.values()):
+        roots = [(root, model) for root, model in enumerate(models.values()) if takes_hooks(model)]
+        for root, model in roots:
             begins = _Hook(self, self._root_begins, root)
             self._handles.append(model.register_forward_pre_hook(begins, with_kwargs=True))
         for index, owner in enumerate(self._owners):
             module = owner.module()
-            if module is not None:
+            if module is not None and takes_hooks(module):
                 after = _Hook(self, self._after_call, index)
                 self._handles.append(module.register_forward_hook(after, with_kwargs=True))
-        for root, model in enumerate(models.values()):
+        for root, model in roots:
             self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
 
     def _root_begins(self, root: int, _module: nn.Module, *arguments: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 
 class Listener(Protocol):
@@ -54,3 +55,8 @@ def graph_task() -> int:
 def has_closure(args: Any, kwargs: Any) -> bool:
     """Whether ``optimizer.step`` was called with a closure; its first argument is the optimizer."""
     return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether torch lets forward hooks be registered: not on what ``torch.jit`` has scripted or traced."""
+    return not isinstance(module, torch.jit.ScriptModule)

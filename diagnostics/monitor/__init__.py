@@ -25,7 +25,7 @@ from diagnostics.monitor import amp
 from diagnostics.monitor.facts import Facts
 from diagnostics.monitor.guarding import Guarded
 from diagnostics.monitor.ledger import Ledger, ending, is_alarm
-from diagnostics.monitor.observation import Catalogue, Observation, Seen, see
+from diagnostics.monitor.observation import Catalogue, Observation, Seen, as_spent, see
 from diagnostics.monitor.options import Clip, Options, models_of, one_number, optimizers_of
 from diagnostics.monitor.replicas import Replicas
 from diagnostics.monitor.resuming import Resumable
@@ -259,7 +259,8 @@ class Monitor(Guarded, Resumable):
             if seen is None and closure:
                 seen = self._see_own_step(unit, late=True)
             if seen is not None:
-                self._say(self._conclude(unit, seen, skipped=seen.observation.skipped, closure=closure))
+                skipped = seen.observation.skipped
+                self._say(self._conclude(unit, as_spent(seen), skipped=skipped, closure=closure))
 
     def _see_own_step(self, unit: Unit, *, late: bool = False) -> Seen:
         observation = self._observe(unit)

@@ -116,6 +116,19 @@ def merge(pieces: Sequence[Piece]) -> GradientStats | None:
     """
     if not pieces:
         return None
+    if len(pieces) == 1:  # as nearly all outputs are
+        one = pieces[0]
+        rms = one.norm / math.sqrt(one.numel) if one.numel else 0.0
+        return GradientStats(
+            one.numel,
+            one.norm,
+            rms,
+            one.abs_max,
+            one.zero_fraction,
+            one.underflow_fraction,
+            one.nonfinite,
+            one.underflow_fp16_fraction,
+        )
     numel = sum(part.numel for part in pieces)
     norm = math.hypot(*(part.norm for part in pieces))
     peaks = [part.abs_max for part in pieces if part.abs_max is not None]
@@ -190,18 +203,18 @@ def layer_records(
 
 
 def update_ratios(
-    records: Sequence[LayerRecord], weights: Mapping[str, Sampled], moved: Mapping[str, float]
+    layers: Sequence[Layer], weights: Mapping[str, Sampled], moved: Mapping[str, float]
 ) -> list[float | None]:
     """How far each layer's parameters moved, over how large they were before.
 
     Args:
-        records: The layers.
+        layers: Whose parameters.
         weights: Norms of the parameters before the step.
         moved: Norm of the difference over the same sample.
     """
     ratios: list[float | None] = []
-    for record in records:
-        held = [name for name in record.layer.parameters if name in moved]
+    for layer in layers:
+        held = [name for name in layer.parameters if name in moved]
         distance = math.hypot(*(moved[name] * weights[name].factor for name in held))
         before = math.hypot(*(weights[name].norm for name in held))
         ratios.append(distance / before if held and before > 0 else None)

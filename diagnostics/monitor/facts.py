@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias
 
 import torch
@@ -57,6 +58,10 @@ class Facts:
         self._unregistered: tuple[str, ...] | None = None
         self._models = {name: weakref.ref(model) for name, model in models.items()}
         self._moved: list[Callable[[], Moved]] = []
+        self._idle: dict[str, set[int]] = {}  # which parameters of a unit had no gradient at its last recorded step
+        self._gone: set[int] = set()  # parameters that their model has no more
+        self._weights: dict[int, float] = {}  # norms of some that have no gradient, when last looked at
+        self._by_hand: set[int] = set()  # those that move all the same
 
     # backward passes and clips
 
@@ -124,6 +129,13 @@ class Facts:
         )
         ran = self._ran[unit.name]
         self._ran[unit.name] = set()
+        stranded = self._read_stranded()
+        if observation.recorded:
+            idle = empty | {index for index, norm in norms.items() if norm == 0}
+            if not idle <= self._idle.get(unit.name, set()):
+                stranded |= self._look_for_replaced()
+            self._idle[unit.name] = set(idle)
+            self._look_for_moved_by_hand(empty, observation)
         return Step(
             optimizer=record.optimizer,
             step=record.step,
@@ -137,9 +149,10 @@ class Facts:
             closure=closure,
             loss_scale=record.loss_scale,
             empty=empty,
+            by_hand=empty & (self._gone | self._by_hand),
             ran=self._catalogue.parameters_of(ran) if empty else frozenset(),
             foreign=self._catalogue.foreign(observation.held),
-            stranded=self._read_stranded(),
+            stranded=stranded,
             unregistered=self._look_for_unregistered(),
             compared=observation.compared,
         )
@@ -166,7 +179,7 @@ class Facts:
             for index in fresh - self._owned:
                 tensor = self._catalogue.tensor(index)
                 if tensor is not None and self._catalogue.is_inside(index):
-                    self._stranded[index] = statistics.sample(tensor, magnitudes.FRACTION_SAMPLE).clone()
+                    self._stranded[index] = self._sample(tensor)
         return self._ask_changes()
 
     @torch.no_grad()
@@ -183,6 +196,26 @@ class Facts:
 
     def _read_stranded(self) -> dict[int, bool]:
         return {index: reading.values[0] != 0 for index, reading in self._changes.items()}
+
+    def _look_for_replaced(self) -> dict[int, bool]:
+        """Where parameters begin to have no gradient: whether their model has others in their place by now."""
+        models = {name: model for name, reference in self._models.items() if (model := reference()) is not None}
+        new, self._gone = self._catalogue.admit(models)
+        self._watcher.adopt(new)
+        found = {self._catalogue.index(tensor): tensor for tensor in new}
+        self._stranded |= {index: self._sample(tensor) for index, tensor in found.items()}
+        return dict.fromkeys(found, False)
+
+    def _look_for_moved_by_hand(self, empty: AbstractSet[int], observation: Observation) -> None:
+        """Whether parameters without a gradient move all the same, as an exponential average does."""
+        norms = observation.sampled_norms() if empty else {}
+        now = {index: norms[index] for index in empty if self._catalogue.is_inside(index)}
+        self._by_hand |= {index for index, norm in now.items() if self._weights.get(index, norm) != norm}
+        self._weights.update(now)
+
+    @staticmethod
+    def _sample(tensor: Tensor) -> Tensor:
+        return statistics.sample(tensor, magnitudes.FRACTION_SAMPLE).clone()
 
     def _look_for_unregistered(self) -> tuple[str, ...]:
         if self._unregistered is not None or not any(leaves.done for leaves in self._watcher.leaves):

@@ -127,8 +127,9 @@ class Ledger:
             listening: Whether the hooks are at work; if not, the reason was told.
         """
         if listening and record.recorded and record.backward_passes and not self._told_blind:
-            self._told_blind = True
-            if all(layer.output is None for layer in record.layers.before_step):
+            reached = [layer for layer in record.layers.before_step if layer.weight is not None and layer.layer.trunk]
+            self._told_blind = bool(reached)
+            if reached and all(layer.output is None for layer in record.layers.before_step):
                 self.warn(BLIND)
         self._announce_violations(record.violations)
         serious = [one for one in record.diagnoses if is_alarm(one)]

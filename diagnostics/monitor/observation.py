@@ -15,6 +15,7 @@ from diagnostics import statistics
 from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.writing import Clipping
 from diagnostics.contract.acts import NOBODY, Compared
+from diagnostics.contract.rules.clips import EXCESS
 from diagnostics.depth import Call, find_owners, layer_table, unit_weights
 from diagnostics.depth.forward import Forward
 from diagnostics.hooks import Watcher
@@ -47,6 +48,7 @@ class Catalogue:
         self._index = {id(tensor): index for index, tensor in enumerate(named.values())}
         self._homes = {name: owner.root for owner in self.owners for name in owner.parameters}
         self._inside = len(self.names)
+        self._admitted: set[int] = set()
         places = {name: place for place, name in enumerate(self.names)}
         self._of_owners = [[places[name] for name in owner.parameters] for owner in self.owners]
         self._pattern = None if pattern is None else re.compile(pattern)
@@ -66,6 +68,22 @@ class Catalogue:
             self._tensors.append(weakref.ref(tensor))
         return new
 
+    def admit(self, models: Mapping[str, nn.Module]) -> tuple[list[Tensor], set[int]]:
+        """Takes in parameters that models have got since, where they have a gradient.
+
+        Returns:
+            Those parameters, and the indices of the ones that models have no more.
+        """
+        named = find_owners(models)[1]
+        held = {id(tensor) for tensor in named.values()}
+        gone = {index for index in range(self._inside) if id(self._tensors[index]()) not in held}
+        new = {name: one for name, one in named.items() if id(one) not in self._index and one.grad is not None}
+        self.adopt(list(new.values()))
+        for name, tensor in new.items():
+            self.names[self.index(tensor)] = name
+            self._admitted.add(self.index(tensor))
+        return list(new.values()), gone
+
     def index(self, tensor: Tensor) -> int:
         """The index of a known parameter."""
         return self._index[id(tensor)]
@@ -84,13 +102,13 @@ class Catalogue:
 
     def is_inside(self, index: int) -> bool:
         """Whether a model has the parameter."""
-        return index < self._inside
+        return index < self._inside or index in self._admitted
 
     def foreign(self, tensors: Iterable[Tensor]) -> frozenset[int]:
         """Those that no model has."""
         if len(self.names) == self._inside:
             return NOBODY
-        return frozenset(index for index in self.known(tensors) if index >= self._inside)
+        return frozenset(index for index in self.known(tensors) if not self.is_inside(index))
 
     def parameters_of(self, owners: Iterable[int]) -> frozenset[int]:
         """The parameters of some owners."""
@@ -154,6 +172,20 @@ def see(observation: Observation, own: ClipRecord | None, *, late: bool = False)
         return Seen(observation, found, late=late)
     merged = replace(own, total_norm_after=found.total_norm, shares=found.shares)
     return Seen(observation, merged, own.total_norm_after / own.total_norm, late)
+
+
+def as_spent(seen: Seen) -> Seen:
+    """The same step, by what it has left in ``.grad`` where it began with more than was declared.
+
+    Some optimizers clip inside ``step()``, before they hand on to the class that they were made from.
+    """
+    limit = seen.observation.clipping.state.max_norm
+    if seen.late or limit is None or not limit * (1 + EXCESS) < seen.clip.total_norm_after < math.inf:
+        return seen
+    left = seen.observation.norm_now()
+    if not 0 < left <= limit * (1 + EXCESS):
+        return seen
+    return replace(seen, clip=replace(seen.clip, applied=True, total_norm_after=left))
 
 
 class Observation:
@@ -249,6 +281,17 @@ class Observation:
         sums = [statistics.projection(sample) for sample in self._before]
         return gradients, norms, dict(zip(held, sums, strict=True))
 
+    def sampled_norms(self) -> dict[int, float]:
+        """The norm of each trainable parameter's sample before a recorded step, by index."""
+        return dict(zip(map(self.catalogue.index, self._held), self._weights.values, strict=True))
+
+    def norm_now(self) -> float:
+        """The norm of the gradients as they are by now, by a copy from the device of its own."""
+        _, gradients = statistics.gradients_of(self.held)
+        now = Clipping(gradients, self.clipping.state, self.reader)
+        now.settle()
+        return now.total / self.clipping.scale
+
     def moved(self) -> None:
         """Asks how far the weights have moved, after a recorded step."""
         if not self.recorded:
@@ -279,9 +322,10 @@ class Observation:
         if moved is None:
             return Layers(measured)
         names = [self.catalogue.name(tensor) for tensor in self._held]
+        told = [layer for layer, _ in chosen]
 
         def updates() -> list[float | None]:
-            return update_ratios(measured(), weights, dict(zip(names, moved.values, strict=True)))
+            return update_ratios(told, weights, dict(zip(names, moved.values, strict=True)))
 
         return Layers(measured, updates)
 

@@ -34,7 +34,8 @@ READING = {
     "heatmap": "One row per layer, one column per recorded step. A gradient that keeps its size has one colour from "
     "top to bottom; one that vanishes on its way back grows darker towards depth 0.",
     "profile": "The backward pass runs from right to left. A line that falls towards the left vanishes, one that rises "
-    "towards the left explodes. Hollow points are recorded but not fitted.",
+    "towards the left explodes. The line is fitted to norms, so that it bends where layers have other widths. Hollow "
+    "points are recorded but not fitted.",
     "norms": "The optimizer is given the norm after clipping. A step is clipped where the norm before is above the "
     "threshold.",
 }

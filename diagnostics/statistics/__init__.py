@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
         >>> sample(torch.arange(6), 6).shape
         torch.Size([6])
     """
-    flat = dense(tensor).detach().reshape(-1)
+    flat = detached(dense(tensor)).reshape(-1)
     return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
 
 
@@ -181,6 +182,11 @@ def resolution(dtype: torch.dtype) -> float:
         0.0078125
     """
     return torch.finfo(dtype).eps
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """The tensor outside of any graph; itself where it is in none, which is quicker."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @torch.no_grad()
@@ -266,6 +272,7 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
+@cache
 def _stride(numel: int, limit: int) -> int:
     stride = max(2, math.ceil(numel / limit))
     while numel % stride == 0 or not _is_prime(stride):

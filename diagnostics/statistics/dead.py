@@ -76,7 +76,6 @@ def row_share(gradient: Tensor) -> Tensor:
     return (gradient.abs().amax(-1) != 0).float().mean()
 
 
-@torch.no_grad()
 def row_sizes(gradient: Tensor, unit_dim: int = 0) -> Tensor:
     """For every unit of a weight a number that is zero where all of its gradient is, and nowhere else.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import HALF, dense, pack, parameter_norms, sample
+from diagnostics.statistics import HALF, dense, detached, pack, parameter_norms, sample
 
 FRACTION_SAMPLE = 1024
 FP16_TINY = torch.finfo(torch.float16).tiny
@@ -42,7 +42,6 @@ class Parts(NamedTuple):
     sample: Tensor
 
 
-@torch.no_grad()
 def take_apart(gradient: Tensor) -> Parts:
     """What :func:`profiles` needs of a gradient: real or complex, dense or sparse, any shape."""
     part = sample(gradient, FRACTION_SAMPLE).clone()
@@ -56,7 +55,6 @@ def take_apart(gradient: Tensor) -> Parts:
     return Parts(norm, low, high, nonfinite, part)
 
 
-@torch.no_grad()
 def safe_norm(gradient: Tensor) -> Tensor:
     """The Euclidean norm over the whole range of a dtype, 0-dim.
 
@@ -88,7 +86,7 @@ def profiles(parts: Sequence[Parts]) -> Tensor:
 
 def real_values(gradient: Tensor) -> Tensor:
     """The elements as real numbers that are at least fp32."""
-    values = dense(gradient).detach()
+    values = detached(dense(gradient))
     values = values.abs() if values.is_complex() else values
     return values.float() if values.dtype in HALF else values
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from diagnostics.contract.acts import Backward, Clip, Closing, Moved, Step
 from diagnostics.records import SOLE_OPTIMIZER
 
 _MOVE_CLIP = "Move the clipping between loss.backward() and optimizer.step()."
@@ -44,6 +45,29 @@ class Finding:
     message: str
     indices: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
+
+
+class Judge:
+    """A family of rules: it is told what the loop does, and says what is broken. A subclass judges what it needs."""
+
+    def backward(self, fact: Backward) -> None:
+        """Takes a backward pass."""
+
+    def clip(self, fact: Clip) -> Iterable[Finding]:  # noqa: ARG002 -- here and below: nothing to say
+        """Takes a clip of the loop's own."""
+        return ()
+
+    def step(self, fact: Step) -> Iterable[Finding]:  # noqa: ARG002
+        """Takes a step."""
+        return ()
+
+    def moved(self, fact: Moved) -> Iterable[Finding]:  # noqa: ARG002
+        """Takes what a recorded step did to the weights."""
+        return ()
+
+    def close(self, fact: Closing) -> Iterable[Finding]:  # noqa: ARG002
+        """The end of the loop."""
+        return ()
 
 
 def describe(names: Sequence[str], limit: int = 4) -> str:

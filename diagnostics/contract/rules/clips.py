@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from diagnostics.contract.acts import Backward, Clip, Step
-from diagnostics.contract.rules import Finding, at, describe
+from diagnostics.contract.acts import Backward, Clip, Closing, Step
+from diagnostics.contract.rules import Finding, Judge, at, describe
 from diagnostics.contract.rules.windows import Windows
 
 EXCESS = 1e-3
@@ -53,7 +53,7 @@ class _Excess:
     spent: AbstractSet[int]
 
 
-class Clips:
+class Clips(Judge):
     """``clip_before_backward``, ``clip_after_step`` and the four others about clipping.
 
     Args:
@@ -105,7 +105,7 @@ class Clips:
             one.members -= fact.norms.keys()
         self._inside = [one for one in self._inside if one.members]
 
-    def close(self) -> Iterable[Finding]:
+    def close(self, fact: Closing) -> Iterable[Finding]:  # noqa: ARG002 -- it has been told all
         """The end of the loop: nothing comes to explain the last excess, so it has the cause of those before."""
         for name in list(self._excesses):
             yield from self._explain(name, self._outside.get(name, "clip_ineffective"))

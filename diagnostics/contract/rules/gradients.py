@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from diagnostics.contract.acts import Backward, Closing, Step
-from diagnostics.contract.rules import Finding, at, describe
+from diagnostics.contract.rules import Finding, Judge, at, describe
 from diagnostics.contract.rules.windows import Windows
 
 _REMEMBERED = 4096
@@ -28,7 +28,7 @@ class _Spent:
     norm: float
 
 
-class Gradients:
+class Gradients(Judge):
     """``missing_zero_grad``, ``zero_grad_before_step``, ``step_without_grads``, ``window_size``, ``dropped_window``.
 
     Args:

@@ -1,8 +1,9 @@
 """Which parameters a step reaches: every one that has a gradient is in an optimizer, and every one in it learns.
 
-By effect: a gradient that no optimizer spends is lawful where the loop moves the parameter by hand, a tensor that no
-model has is lawful in an optimizer where it gets gradients (a loss with parameters of its own). Parameters that are in
-no optimizer and get no gradient (an exponential average inside the model) are as good as frozen: nothing is said.
+By effect: a gradient that no optimizer spends, and no gradient at all, are lawful where the loop moves the parameter by
+hand or puts another in its place (a moving average that the optimizer was given too); a tensor that no model has is
+lawful in an optimizer where it gets gradients (a loss with parameters of its own). Parameters that are in no optimizer
+and get no gradient (an exponential average inside the model) are as good as frozen: nothing is said.
 
 Not seen: which modules ran and what is unregistered, where there are no forward hooks (``every=0``, a compiled model)
 or the model's own forward never runs; parameters inside a reentrant checkpoint; updates of sparse gradients, and those
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diagnostics.contract.acts import Backward, Closing, Moved, Step
-from diagnostics.contract.rules import Finding, at, describe, modules
+from diagnostics.contract.rules import Finding, Judge, at, describe, modules
 
 PATIENCE = 3
 """Steps, after the first that showed it, before something is taken for what it looks like."""
@@ -60,7 +61,7 @@ class _Seen:
     lost: bool = False
 
 
-class Parameters:
+class Parameters(Judge):
     """The rules ``param_not_in_optimizer`` to ``no_grad_flow``, and ``no_update``.
 
     Args:
@@ -120,12 +121,12 @@ class Parameters:
         return Finding("param_not_registered", fact.step, message, names=fact.unregistered)
 
     def _unreached(self, fact: Step) -> Iterable[Finding]:
-        for index in self._without.keys() & self._reached:
+        for index in self._without.keys() & (self._reached | fact.by_hand):
             del self._without[index]
         alone = bool(fact.empty) and not fact.norms and fact.empty <= fact.foreign
         if not fact.norms and not alone:
             return
-        for index in sorted(fact.empty - self._reached):
+        for index in sorted(fact.empty - self._reached - fact.by_hand):
             foreign = index in fact.foreign
             one = self._without.setdefault(index, _Without(fact.optimizer, fact.step, foreign))
             one.steps += PATIENCE + 1 if alone else 1

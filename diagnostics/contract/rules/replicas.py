@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from diagnostics.contract.acts import Compared, Step
-from diagnostics.contract.rules import Finding, at, describe
+from diagnostics.contract.rules import Finding, Judge, at, describe
 
 
-class Replicas:
+class Replicas(Judge):
     """The rule ``rank_divergence``.
 
     Args:

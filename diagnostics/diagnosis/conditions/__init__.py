@@ -7,7 +7,7 @@ examples, are what ``diagnostics-explain`` prints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from diagnostics.diagnosis.conditions.case import Case
 from diagnostics.diagnosis.conditions.depth import broken_at, dead, slope, stalled_layers
@@ -31,8 +31,8 @@ CONDITIONS = (
 )
 """All that can be diagnosed; a run without any is healthy."""
 
-AT_EVERY_STEP: Mapping[Condition, tuple[str, ...]] = {nonfinite: ("nonfinite",), spike: ("spike",)}
-AT_RECORDED_STEPS: Mapping[Condition, tuple[str, ...]] = {
+AT_EVERY_STEP: dict[Condition, tuple[str, ...]] = {nonfinite: ("nonfinite",), spike: ("spike",)}
+AT_RECORDED_STEPS: dict[Condition, tuple[str, ...]] = {
     dead: ("dead",),
     broken_at: ("broken_at",),
     slope: ("vanishing", "exploding"),

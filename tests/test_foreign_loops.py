@@ -1,0 +1,174 @@
+"""Loops after well-known code bases; each runs unchanged, unwatched, watched, and held to its own clip.
+
+A loop is given ``watched(model, optimizers, clip, **options)`` to call where its authors would, and returns what it has
+trained.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_research_loops import adam, mlp
+from test_rules import found, loss_of, net, watching
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
+
+from diagnostics import ClipByNorm
+
+STEPS = 8
+
+
+def optimizer_that_clips_in_its_step(watched):
+    """Detectron2's full-model clipping: a subclass made at run time, whose step clips and hands on."""
+
+    def step(self, closure=None):
+        clip_grad_norm_([one for group in self.param_groups for one in group["params"]], 0.1)
+        torch.optim.SGD.step(self, closure)
+
+    model = net()
+    clipping = type("SGDWithGradientClip", (torch.optim.SGD,), {"step": step})
+    optimizer = clipping(model.parameters(), lr=0.1, momentum=0.9)
+    watched(model, optimizer, 0.1)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (loss_of(model) + loss_of(model)).backward()
+        optimizer.step()
+    return [*model.parameters()]
+
+
+def entropy_coefficient_before_the_networks(watched):
+    """Stable-Baselines3's SAC: the first step of all is that of a tensor outside the models."""
+    actor, critic = mlp(4, 16, 4), mlp(6, 16, 1)
+    target = copy.deepcopy(critic).requires_grad_(False)
+    log_alpha = torch.zeros(1, requires_grad=True)
+    of_alpha, of_actor, of_critic = torch.optim.Adam([log_alpha]), adam(actor), adam(critic)
+    watched({"actor": actor, "critic": critic, "target": target}, [of_alpha, of_actor, of_critic])
+    for _ in range(STEPS):
+        state, action, reward = torch.randn(8, 4), torch.rand(8, 2), torch.randn(8, 1)
+        mean, log_std = actor(state).chunk(2, 1)
+        policy = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp())
+        chosen = policy.rsample()
+        log_probability = policy.log_prob(chosen).sum(1, keepdim=True)
+        of_alpha.zero_grad()
+        (-(log_alpha * (log_probability - 2).detach()).mean()).backward()
+        of_alpha.step()
+        alpha = log_alpha.detach().exp()
+        of_critic.zero_grad()
+        with torch.no_grad():
+            wanted = reward + 0.99 * target(torch.cat([state, chosen], 1))
+        functional.mse_loss(critic(torch.cat([state, action], 1)), wanted).backward()
+        of_critic.step()
+        of_actor.zero_grad()
+        (alpha * log_probability - critic(torch.cat([state, chosen], 1))).mean().backward()
+        of_actor.step()
+        with torch.no_grad():
+            for old, new in zip(target.parameters(), critic.parameters(), strict=True):
+                old.lerp_(new, 0.005)
+    return [*actor.parameters(), *critic.parameters(), log_alpha]
+
+
+class Quantizer(nn.Module):
+    """A codebook that is a moving average, kept in parameters that every forward pass replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.average = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, z):
+        chosen = functional.one_hot(torch.cdist(z.detach(), self.embedding.weight).argmin(1), 12).float()
+        quantized = chosen @ self.embedding.weight
+        self.average = nn.Parameter(0.99 * self.average + 0.01 * (chosen.t() @ z))
+        self.embedding.weight = nn.Parameter(self.average / 0.99)
+        return z + (quantized - z).detach(), functional.mse_loss(quantized.detach(), z)
+
+
+def codebook_that_is_a_moving_average(watched):
+    """The VQ-VAE notebook from Zalando Research: its optimizer holds a codebook that only the forward pass moves."""
+    model = nn.ModuleDict({"encoder": mlp(6, 16, 8), "quantizer": Quantizer(), "decoder": mlp(8, 16, 6)})
+    optimizer = adam(model)
+    watched(model, optimizer)
+    for _ in range(STEPS):
+        x = torch.randn(8, 6)
+        optimizer.zero_grad()
+        quantized, commitment = model["quantizer"](model["encoder"](x))
+        (functional.mse_loss(model["decoder"](quantized), x) + 0.25 * commitment).backward()
+        optimizer.step()
+    return [*model.parameters()]
+
+
+def momentum_encoder_in_the_optimizer(watched):
+    """MoCo written in haste: the key encoder is nowhere frozen, only moved under no_grad."""
+    query, key = mlp(6, 16, 8), mlp(6, 16, 8)
+    model = nn.ModuleDict({"query": query, "key": key})
+    optimizer = adam(model)
+    watched(model, optimizer)
+    for _ in range(STEPS):
+        with torch.no_grad():
+            for new, old in zip(query.parameters(), key.parameters(), strict=True):
+                old.data = old.data * 0.9 + new.data * 0.1
+            wanted = key(torch.randn(8, 6))
+        optimizer.zero_grad()
+        functional.mse_loss(query(torch.randn(8, 6)), wanted + 1).backward()
+        optimizer.step()
+    return [*model.parameters()]
+
+
+SILENT = [
+    codebook_that_is_a_moving_average,
+    momentum_encoder_in_the_optimizer,
+    optimizer_that_clips_in_its_step,
+    entropy_coefficient_before_the_networks,
+]
+
+
+def run(loop, *, clip=False, **options):
+    """What a loop has trained, and its Monitors."""
+    monitors = []
+
+    def watched(model, optimizers, max_norm=None, **more):
+        declared = ClipByNorm(max_norm) if clip and max_norm else None
+        monitors.append(watching(model, optimizers, clip=declared, **{**options, **more}))
+
+    torch.manual_seed(0)
+    trained = loop(watched)
+    for monitor in monitors:
+        monitor.close()
+    return [tensor.detach().clone() for tensor in trained], monitors
+
+
+@pytest.mark.parametrize("loop", SILENT, ids=lambda loop: loop.__name__)
+def test_a_lawful_loop_is_silent_and_trains_as_it_would_unwatched(loop):
+    torch.manual_seed(0)
+    alone = [tensor.detach().clone() for tensor in loop(lambda *_, **__: None)]
+    for options in ({}, {"clip": True}, {"clip": True, "every": 1}):
+        trained, monitors = run(loop, **options)
+        assert [found(monitor) for monitor in monitors] == [[] for _ in monitors]
+        assert any(monitor.records for monitor in monitors)
+        assert all(map(torch.equal, trained, alone))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("replace", ["head", "weight norm"])
+def test_parameters_that_the_model_gets_in_the_middle_and_no_optimizer_has_are_found(replace, set_to_none):
+    def loop(watched):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watched(model, optimizer)
+        for step in range(STEPS):
+            if step == 3:
+                new = nn.Linear(8, 3)
+                model[4] = new if replace == "head" else nn.utils.parametrizations.weight_norm(new)
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss_of(model).backward()
+            optimizer.step()
+        return [*model.parameters()]
+
+    _, (monitor,) = run(loop)
+    ((rule, step, names),) = found(monitor)
+    assert (rule, step) == ("param_not_in_optimizer", 3)
+    assert {name.split(".")[0] for name in names} == {"4"}
+    assert len(names) == (2 if replace == "head" else 3)
