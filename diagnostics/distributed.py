@@ -113,22 +113,22 @@ class Ranks:
         self._store.compare_set(decision, "", "yes" if alike else "no")  # the first word stands
         return bool(self._store.get(decision) == b"yes")
 
-    def extremes(self, numbers: Sequence[Tensor | float]) -> Tensor:
+    def extremes(self, header: Sequence[float], numbers: Sequence[Tensor]) -> Tensor:
         """The largest and the smallest value over the ranks, by one reduction.
 
         Args:
-            numbers: 0-dim tensors and plain numbers, as many on each rank; NaN counts as infinite.
+            header: Plain numbers.
+            numbers: 0-dim tensors, behind them; as many on each rank. NaN counts as infinite.
 
         Returns:
-            Shape ``[2 * len(numbers)]``, float64: the largest values, then the smallest ones negated.
+            Shape ``[2 * (len(header) + len(numbers))]``: the largest values, then the smallest ones negated.
         """
-        measured = statistics.pack([one for one in numbers if isinstance(one, Tensor)])
-        parts = iter(measured.unbind())
-        vector = torch.stack(
-            [next(parts) if isinstance(one, Tensor) else measured.new_full((), one) for one in numbers]
-        )
+        measured = statistics.pack(numbers)
+        vector = torch.cat([*(measured.new_full((1,), one) for one in header), measured])
         vector = torch.nan_to_num(vector, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         both = torch.cat([vector, -vector])
+        if distributed.get_backend(self._group) == "nccl":
+            both = both.cuda()  # it takes nothing else
         distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=self._group)
         return both
 

@@ -23,6 +23,7 @@ import diagnostics.distributed
 from diagnostics import ContractError, Monitor
 from diagnostics.contract import Contract, Step
 from diagnostics.contract.acts import Compared
+from diagnostics.explain import AROUND, LOOP, page
 from diagnostics.sinks.console import ConsoleSink
 
 LONGEST = 20
@@ -265,6 +266,23 @@ def wrapped(rank, *, no_sync_always=False):
 def test_ddp_with_no_sync_accumulation_is_silent_and_a_step_without_any_sync_is_not(on_two_ranks):
     assert on_two_ranks(wrapped) == [[], []]
     assert on_two_ranks(wrapped, no_sync_always=True) == [[("rank_divergence", 0, EVERYTHING, 4)]] * 2
+
+
+def page_example(rank, *, section):
+    space = {}
+    exec(AROUND, space)
+    torch.manual_seed(rank)
+    space["batches"] = [(torch.randn(8, 64), torch.randint(10, (8,))) for _ in range(3)]
+    space["Monitor"] = watching
+    starts_the_group, *example = page("rank_divergence").sections[section].splitlines()
+    assert starts_the_group.startswith("torch.distributed.init_process_group(")
+    exec("\n".join(["import torch", *example, LOOP]), space)
+    return [one.rule for one in space["monitor"].violations]
+
+
+def test_the_examples_of_the_page_are_what_they_say(on_two_ranks):
+    assert on_two_ranks(page_example, section="Bad") == [["rank_divergence"]] * 2
+    assert on_two_ranks(page_example, section="Good") == [[], []]
 
 
 # who communicates, and when

@@ -71,10 +71,12 @@ class Replicas:
             return
         if not self._met and not self._meet(self._ranks):
             return
-        columns = observation.fingerprint()
-        header = (step, place, self._wish, self._held is not None)
-        numbers = [column.get(index, 0.0) for column in columns for index in range(len(self._tolerances))]
-        self._asked = self._reader.ask(self._ranks.extremes([*map(float, header), *numbers]))
+        header = (float(step), float(place), float(self._wish), float(self._held is not None))
+        numbers = []
+        for column in observation.fingerprint():
+            zero = next(iter(column.values()), torch.zeros(())).new_zeros(())
+            numbers += [column.get(index, zero) for index in range(len(self._tolerances))]
+        self._asked = self._reader.ask(self._ranks.extremes(header, numbers))
         self._wish = False
 
     def settle(self, observation: Observation, step: int) -> None:
