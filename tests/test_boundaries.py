@@ -81,6 +81,7 @@ WITHOUT_TORCH = (
     "contract.rules.windows",
     "contract",
     "diagnosis.thresholds",
+    "diagnosis.recovery",
     "diagnosis.conditions",
     "diagnosis.remedies",
     "diagnosis",
