@@ -232,6 +232,8 @@ class ThresholdsConfig:
     history: int = MISSING
     confirm: int = MISSING
     clear: int = MISSING
+    lasting_share: float = MISSING
+    recovered_loss: float = MISSING
 
 
 @dataclass

@@ -83,6 +83,7 @@ WITHOUT_TORCH = (
     "contract.rules.windows",
     "contract",
     "diagnosis.thresholds",
+    "diagnosis.recovery",
     "diagnosis.conditions",
     "diagnosis.remedies",
     "diagnosis",

@@ -71,11 +71,14 @@ def test_somebody_else_s_app_gets_overrides_of_the_numbers_that_it_has():
 
 
 def test_what_the_run_already_follows_is_left_out():
-    assert overrides_of(remedies("vanishing"))[0] == "model.residual=true"
+    assert overrides_of(remedies("vanishing"))[0] == "model.norm=layer model.residual=true"
+    assert overrides_of(remedies("vanishing", "model.norm=batch"))[0] == "model.residual=true"
     texts = [str(remedy) for remedy in remedies("vanishing", "model.residual=true")]
-    assert not any("residual" in text for text in texts)
+    assert not any("residual=" in text for text in texts)
     assert any(text.endswith("(model.norm=batch)") for text in texts)
-    assert overrides_of(remedies("vanishing", "model.init=kaiming"))[0] == "model.residual=true model.init=default"
+    assert overrides_of(remedies("vanishing", "model.init=kaiming"))[0] == (
+        "model.norm=layer model.residual=true model.init=default"
+    )
     assert not any(
         "ReLU" in remedy.text for remedy in remedies("vanishing", "model.init=kaiming")
     )  # it is that already
@@ -87,13 +90,25 @@ def test_what_the_run_already_follows_is_left_out():
 @pytest.mark.parametrize(
     ("condition", "overrides", "first"),
     [
-        ("vanishing", ("model.activation=sigmoid", "model.depth=12", "optimizer=sgd"), "model.residual=true"),
+        (
+            "vanishing",
+            ("model.activation=sigmoid", "model.depth=12", "optimizer=sgd"),
+            "model.norm=layer model.residual=true",
+        ),
         ("vanishing", ("model=cnn", "model.depth=15"), "model.norm=batch model.residual=true"),
-        ("vanishing", ("model=rnn", "task=temporal_order"), "model=lstm"),
+        ("vanishing", ("model=rnn", "task=temporal_order"), "model=gru model.recurrent_init=orthogonal"),
+        ("vanishing", ("model=gru", "task=temporal_order"), "model=lstm"),
+        ("vanishing", ("model=rnn", "task=temporal_order", "model.recurrent_scale=0.5"), None),
         ("vanishing", ("model=lstm", "task=temporal_order"), "model.forget_bias=3.0"),
         ("exploding", ("model.norm=batch", "model.depth=60"), "model.residual=true"),
         ("exploding", ("model=rnn", "task=temporal_order", "model.recurrent_scale=2.0"), None),
         ("nonfinite", ("optimizer=sgd", "optimizer.lr=100"), "optimizer.lr=0.03"),
+        ("nonfinite", ("optimizer=sgd", "optimizer.lr=10", "clip=none"), "optimizer.lr=0.03 clip=norm"),
+        (
+            "nonfinite",
+            ("optimizer=sgd", "model.residual=true", "model.init=kaiming"),
+            "model.norm=layer model.init=default optimizer.lr=0.01",
+        ),
         ("nonfinite", ("trainer.precision=fp16",), "trainer.precision=bf16"),
         ("underflow", ("trainer.precision=fp16",), "trainer.precision=bf16"),
         ("clipped_always", (), "clip.max_norm=3.1"),
@@ -109,7 +124,7 @@ def test_what_is_tried_first(condition, overrides, first):
 
 
 def test_a_born_dead_net_is_not_told_to_slow_down():
-    assert overrides_of(remedies("dead", born=1.0))[0] == "model.residual=true"
+    assert overrides_of(remedies("dead", born=1.0))[0] == "model.norm=layer model.residual=true"
 
 
 def test_an_override_is_one_word_or_several_that_hydra_parses():

@@ -52,7 +52,7 @@ def test_a_sick_run_is_asked_again_and_the_first_remedy_heals_it(start, capsys):
     start("model.activation=sigmoid", "model.depth=8", *SHORT)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("second opinion on vanishing, 200 steps each; without a remedy: accuracy 0.")
-    assert lines[2].startswith("  model.residual=true: healed: ")
+    assert lines[2].startswith("  model.norm=layer model.residual=true: healed: ")
     assert len(lines) >= 5
 
 

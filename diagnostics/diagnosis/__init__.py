@@ -14,6 +14,7 @@ from statistics import median
 
 from diagnostics.diagnosis.conditions import examine
 from diagnostics.diagnosis.conditions.case import MAD_TO_SIGMA, Case, Memory
+from diagnostics.diagnosis.recovery import Cost
 from diagnostics.diagnosis.remedies import prescribe
 from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.records import (
@@ -34,6 +35,9 @@ MAX_FITTED = 64
 AT_ONCE = ("nonfinite", "spike", "clipped_always")
 """What one step shows for sure, and what a history of fifty steps already confirms."""
 
+LASTING = ("vanishing", "exploding")
+"""What costs the first layers a part of the training that its end does not give back."""
+
 MOST_PAST = 1000
 """How many diagnoses that cleared are kept."""
 
@@ -48,6 +52,7 @@ class _Track:
     diagnosis: Diagnosis
     recent: tuple[int, ...]
     peak: int = 0
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +136,12 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
         if optimizer == record.optimizer and track.diagnosis.confirmed
     }
     found, judged = examine(Case(record, fit, memory, thresholds, standing))
+    memory = memory.after(record, thresholds.history)
     tracks, past, changed = dict(state.tracks), state.past, []
     for condition in judged:
         before = tracks.pop((record.optimizer, condition), None)
-        after = _follow(before, _named(found.get(condition), record.optimizer), record.step, thresholds)
+        finding = _named(found.get(condition), record.optimizer)
+        after = _follow(before, finding, record.step, memory.usual_loss, thresholds)
         if after is None:
             continue
         if before is None or _differs(before.diagnosis, after.diagnosis):
@@ -144,7 +151,7 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
         else:
             past = (*past, after.diagnosis)[-MOST_PAST:]
     seen = record.recorded and any(layer.output is not None for layer in record.layers.before_step)
-    memories = {**state.memories, record.optimizer: memory.after(record, thresholds.history)}
+    memories = {**state.memories, record.optimizer: memory}
     return State(tracks, past, state.records + seen, memories), tuple(changed)
 
 
@@ -192,33 +199,42 @@ def verdict(state: State, violations: Sequence[Violation] = (), thresholds: Thre
     return Verdict(condition, severity, "; ".join([text, *past, *doubt]))
 
 
-def _follow(track: _Track | None, found: Diagnosis | None, step: int, thresholds: Thresholds) -> _Track | None:
+def _follow(
+    track: _Track | None, found: Diagnosis | None, step: int, loss: float | None, thresholds: Thresholds
+) -> _Track | None:
     """Confirmation, hysteresis and all-clear of one condition; None where there is nothing to follow.
 
     The severity rises to what the last ``confirm`` records all reached and falls to what the last ``clear`` records did
-    not exceed. What has cleared is told by the worst that it was.
+    not exceed; while a slope's cost remains not below a warning. What has cleared is told by the worst that it was.
     """
     level = found.severity if found else 0
     if track is None:
         if found is None:
             return None
         certain = found.condition in AT_ONCE or thresholds.confirm == 1
-        return _Track(prescribe(replace(found, confirmed=certain), None), (level,), level if certain else 0)
+        new = prescribe(replace(found, confirmed=certain), None)
+        return _Track(new, (level,), level if certain else 0, Cost(judged=step - 1).after(level, step, loss))
     if found is None and not track.diagnosis.confirmed:
         return None
     recent = (*track.recent, level)[-max(thresholds.confirm, thresholds.clear) :]
-    reached = min(recent[-thresholds.confirm :]) if len(recent) >= thresholds.confirm else 0
-    ceiling = max(recent[-thresholds.clear :]) if len(recent) >= thresholds.clear else NONFINITE
-    before = track.diagnosis
-    if not before.confirmed:
-        confirmed, severity = reached > 0 or level == NONFINITE, reached or level
-    else:
-        confirmed, severity = True, min(max(before.severity, reached), ceiling)
+    before, cost = track.diagnosis, track.cost.after(level, step, loss)
+    confirmed, severity = _settled(before, recent, thresholds)
+    latest = before if found is None else prescribe(found, None)
+    if severity < WARNING <= before.severity and before.condition in LASTING and cost.remains(loss, thresholds):
+        severity, latest = WARNING, cost.told(latest, loss)
     peak = max(track.peak, severity if confirmed else 0)
     if severity == 0:
-        return _Track(replace(before, severity=peak, cleared=step), recent)
-    latest = before if found is None else prescribe(found, None)
-    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent, peak)
+        return _Track(replace(cost.made_up(before), severity=peak, cleared=step), recent)
+    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent, peak, cost)
+
+
+def _settled(before: Diagnosis, recent: Sequence[int], thresholds: Thresholds) -> tuple[bool, int]:
+    """Whether a diagnosis is confirmed and how severe it is, by how severe the last records found it."""
+    reached = min(recent[-thresholds.confirm :]) if len(recent) >= thresholds.confirm else 0
+    ceiling = max(recent[-thresholds.clear :]) if len(recent) >= thresholds.clear else NONFINITE
+    if not before.confirmed:
+        return reached > 0 or recent[-1] == NONFINITE, reached or recent[-1]
+    return True, min(max(before.severity, reached), ceiling)
 
 
 def _differs(before: Diagnosis, after: Diagnosis) -> bool:

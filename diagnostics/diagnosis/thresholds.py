@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SHARES = (
+    "dead_units",
+    "underflow_share",
+    "denormal_share",
+    "clipped_share",
+    "clipped_coefficient",
+    "lasting_share",
+    "recovered_loss",
+)
+"""Those that are shares."""
+
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
@@ -29,6 +40,9 @@ class Thresholds:
         history: Steps that the history holds.
         confirm: Recorded steps in a row that confirm a condition.
         clear: Recorded steps in a row without it that clear it.
+        lasting_share: Share of the steps so far for which a slope at warning or above must have stood so that its end
+            alone does not clear it: the first layers have missed that part of the training.
+        recovered_loss: Share of the loss at the slope's end below which the loss must fall to clear such a slope.
 
     Raises:
         ValueError: If the decades do not increase from a positive number, a share is not between 0 and 1, another
@@ -56,6 +70,8 @@ class Thresholds:
     history: int = 50
     confirm: int = 3
     clear: int = 3
+    lasting_share: float = 0.1
+    recovered_loss: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 < self.notice_decades <= self.warning_decades <= self.severe_decades:
@@ -63,7 +79,7 @@ class Thresholds:
                 "notice_decades, warning_decades and severe_decades must be positive and in this order; got "
                 f"{self.notice_decades}, {self.warning_decades}, {self.severe_decades}."
             )
-        for name in ("dead_units", "underflow_share", "denormal_share", "clipped_share", "clipped_coefficient"):
+        for name in SHARES:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share above 0 and at most 1; got {getattr(self, name)}.")
         for name in ("stalled_decades", "broken_decades", "still_ratio", "spike_decades", "spike_sigmas"):

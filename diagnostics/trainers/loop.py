@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.clipping.rules import ClipByNorm, ClipRule
+from diagnostics.diagnosis.recovery import GONE
 from diagnostics.first_pass import Preflight, preflight
 from diagnostics.monitor import Monitor
 from diagnostics.monitor.ledger import is_alarm
@@ -77,12 +78,15 @@ def train(
 
 
 def incurable(monitor: Monitor, patience: int) -> str | None:
-    """Why a run need not go on: the diagnosis at warning or above that has stood for so many steps; None if it may."""
+    """Why a run need not go on: the diagnosis at warning or above that has stood for so many steps; None if it may.
+
+    One that only stands for what it has cost is no reason: its slope is gone, and the run may make up for it.
+    """
     last = monitor.records[-1]
     if not last.recorded:
         return None
     for one in monitor.diagnoses:
-        if is_alarm(one) and last.step - one.step >= patience:
+        if is_alarm(one) and GONE not in one.evidence and last.step - one.step >= patience:
             return f"{one.condition} ({SEVERITY_NAMES[one.severity]}) has stood since step {one.step}"
     return None
 

@@ -13,6 +13,9 @@ from diagnostics.records import DepthFit, Diagnosis, LayerRecord, Layers, StepRe
 MAD_TO_SIGMA = 1.4826
 """Makes a median absolute deviation comparable with a standard deviation, for normally distributed values."""
 
+_NEWEST_LOSSES = 20
+"""A single batch's loss says little; so few are not yet history."""
+
 
 @dataclass(frozen=True, slots=True)
 class Largest:
@@ -30,6 +33,7 @@ class Memory:
 
     Attributes:
         norms: log10 of the newest total norms that were positive and finite, oldest first.
+        losses: The newest finite losses that were passed in, oldest first.
         coefficients: What clipping multiplied the newest steps' gradients by; 1 where it did not.
         skips: Skipped steps in a row.
         alive: Names of the layers that have ever had a gradient.
@@ -38,19 +42,26 @@ class Memory:
     """
 
     norms: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = ()
     skips: int = 0
     alive: frozenset[str] = frozenset()
     largest: Largest | None = None
     unjudged: Layers | None = None
 
+    @property
+    def usual_loss(self) -> float | None:
+        """The median of the newest losses; None where there were none."""
+        return median(self.losses) if self.losses else None
+
     def after(self, record: StepRecord, history: int) -> Memory:
         """The memory with one more step in it."""
         norm, coefficient = record.clip.total_norm, record.clip.clip_coef
-        usable = 0 < norm < math.inf
+        usable, loss = 0 < norm < math.inf, record.loss
         memory = replace(
             self,
             norms=(*self.norms, math.log10(norm))[-history:] if usable else self.norms,
+            losses=self.losses if loss is None or not math.isfinite(loss) else (*self.losses, loss)[-_NEWEST_LOSSES:],
             coefficients=(*self.coefficients, min(coefficient, 1.0))[-history:]
             if usable and coefficient is not None
             else self.coefficients,

@@ -121,7 +121,7 @@ def _stalled(case: Case) -> tuple[list[float], list[LayerRecord]]:
 
     The quartile and not the median, since in a deep net that vanishes more than half of the layers stand still.
     """
-    logs, layers = _update_ratios(case)
+    logs, layers = _update_ratios(case, branches=True)
     if not logs or max(logs) - min(logs) < case.thresholds.stalled_decades:
         return [], []
     usual = quantiles(logs, n=4, method="inclusive")[-1]
@@ -130,16 +130,16 @@ def _stalled(case: Case) -> tuple[list[float], list[LayerRecord]]:
 
 def _behind_the_fastest(case: Case) -> float:
     """By how many decades the first third of the layers stays below the fastest one."""
-    logs, _ = _update_ratios(case)
+    logs, _ = _update_ratios(case, branches=False)
     return max(logs) - median(logs[: (len(logs) + 2) // 3]) if logs else 0.0
 
 
-def _update_ratios(case: Case) -> tuple[list[float], list[LayerRecord]]:
-    """log10 of the last known update ratios and their layers; nothing for fewer than three."""
+def _update_ratios(case: Case, *, branches: bool) -> tuple[list[float], list[LayerRecord]]:
+    """log10 of the last known update ratios and their layers, on the trunk or on its branches too; none below three."""
     layers = [
         one
         for one in case.memory.unjudged or ()
-        if one.layer.trunk
+        if (one.layer.trunk or (branches and "Norm" not in one.layer.kind))
         and one.layer.kind not in _LOOKED_UP
         and one.weight is not None
         and one.weight.norm > 0
