@@ -68,6 +68,8 @@ class Step:
         step: Its number.
         norms: Norm of each gradient that is not None, as the step spends it.
         rewritten: Parameters whose ``.grad`` is not the tensor that an earlier step spent, or was written to since.
+        replaced: Parameters whose ``.grad`` is not the tensor that the newest pass left, so that what is in it is not
+            known; the two that the pass began and ended with are looked at.
         total_norm: Norm of all of them, of the declared type.
         max_norm: The declared threshold; None where nothing was declared.
         norm_type: The p of the norms.
@@ -88,6 +90,7 @@ class Step:
     step: int
     norms: Mapping[int, float]
     rewritten: frozenset[int] = NOBODY
+    replaced: frozenset[int] = NOBODY
     total_norm: float = 0.0
     max_norm: float | None = None
     norm_type: float = 2.0

@@ -141,6 +141,7 @@ class Facts:
             step=record.step,
             norms=norms,
             rewritten=frozenset(index for index in norms if self._watcher.rewritten(index)),
+            replaced=self._watcher.replaced(),
             total_norm=record.clip.total_norm_after,
             max_norm=observation.clipping.state.max_norm,
             norm_type=record.clip.norm_type,
