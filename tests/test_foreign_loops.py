@@ -203,7 +203,40 @@ def gradients_summed_elsewhere_by_a_hook(watched):
     return [*model.parameters()]
 
 
+class Points(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.place, self.colour = nn.Parameter(torch.randn(10, 3)), nn.Parameter(torch.rand(10, 3))
+
+    def forward(self, x):
+        return torch.exp(-torch.cdist(x, self.place)) @ self.colour
+
+
+def points_that_multiply(watched):
+    """3D Gaussian Splatting: between backward and step all parameters are replaced by larger ones, which then step
+    without a gradient."""
+    model = Points()
+    groups = [{"params": [model.place], "name": "place"}, {"params": [model.colour], "name": "colour"}]
+    optimizer = torch.optim.Adam(groups, lr=0.01, eps=1e-15)
+    watched(model, optimizer)
+    for number in range(1, 3 * STEPS + 1):
+        functional.mse_loss(model(torch.randn(16, 3)), torch.ones(16, 3)).backward()
+        for group in optimizer.param_groups if number % STEPS == 0 else ():
+            (old,) = group["params"]
+            state = optimizer.state.pop(old)
+            new = nn.Parameter(torch.cat([old.detach(), old.detach()[:2] + 0.01]))
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.cat([state[name], torch.zeros_like(state[name][:2])])
+            optimizer.state[new] = state
+            group["params"][0] = new
+            setattr(model, group["name"], new)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*model.parameters()]
+
+
 SILENT = [
+    points_that_multiply,
     task_weights_of_gradnorm,
     gradients_per_example,
     noise_on_summed_micro_batches,

@@ -78,7 +78,7 @@ class Step:
         closure: Whether the step evaluated a closure, which runs the backward passes inside it.
         loss_scale: What the losses were multiplied by; 1.0 without a scaler.
         empty: Trainable parameters of the optimizer whose ``.grad`` is None.
-        by_hand: Those of them that their model has no more, or that move all the same.
+        by_hand: Those of them that a model has no more or has only by now, or that move all the same.
         ran: Parameters whose module ran with gradients enabled since the step before.
         foreign: Parameters of the optimizer that no model has.
         stranded: Parameters of a model that have a gradient and are in no optimizer, and whether their values have
