@@ -13,6 +13,7 @@ import torch
 from test_research_loops import adam, mlp
 from test_rules import found, loss_of, net, watching
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
@@ -117,7 +118,129 @@ def momentum_encoder_in_the_optimizer(watched):
     return [*model.parameters()]
 
 
+def task_weights_of_gradnorm(watched):
+    """GradNorm: the task weights' own gradient is put in by hand, over what the weighted loss has left there."""
+    model, weights = net(), nn.Parameter(torch.ones(3))
+    of_model, of_weights = adam(model), torch.optim.Adam([weights], lr=0.025)
+    watched(model, [of_model, of_weights])
+    for _ in range(STEPS):
+        losses = (model(torch.randn(8, 6)) + 1).square().mean(0)
+        of_model.zero_grad()
+        (weights * losses).sum().backward(retain_graph=True)
+        norms = [
+            torch.autograd.grad(weight * loss, model[2].weight, retain_graph=True, create_graph=True)[0].norm()
+            for weight, loss in zip(weights, losses, strict=True)
+        ]
+        spread = (torch.stack(norms) - torch.stack(norms).mean().detach()).abs().sum()
+        weights.grad = torch.autograd.grad(spread, weights)[0]
+        of_model.step()
+        of_weights.step()
+    return [*model.parameters(), weights]
+
+
+def gradients_per_example(watched):
+    """Opacus's way with torch.func: gradients are made without a backward pass and put in by hand."""
+
+    def loss_of_one(parameters, x, y):
+        return functional.cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched(model, optimizer, 1.0)
+    each = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        gradients = each(values, torch.randn(8, 6), torch.randint(0, 3, (8,)))
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].mean(0)
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return [*model.parameters()]
+
+
+def noise_on_summed_micro_batches(watched):
+    """Private SGD: each micro-batch's gradient is taken away and summed elsewhere; the sum is put in at the end."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched(model, optimizer, accumulate=4)
+    for _ in range(STEPS):
+        sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for _ in range(4):
+            model.zero_grad()
+            loss_of(model).backward()
+            for total, parameter in zip(sums, model.parameters(), strict=True):
+                total.add_(parameter.grad)
+        for total, parameter in zip(sums, model.parameters(), strict=True):
+            parameter.grad = total / 4
+        optimizer.step()
+    return [*model.parameters()]
+
+
+def gradients_summed_elsewhere_by_a_hook(watched):
+    """Megatron's main_grad: a hook moves every gradient away while the backward pass runs."""
+
+    def move(parameter):
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+        parameter.register_post_accumulate_grad_hook(move)
+    watched(model, optimizer, 1.0, accumulate=2)
+    for _ in range(STEPS):
+        for parameter in model.parameters():
+            parameter.main_grad.zero_()
+        for _ in range(2):
+            (loss_of(model) / 2).backward()
+        for parameter in model.parameters():
+            parameter.grad = parameter.main_grad
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*model.parameters()]
+
+
+class Points(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.place, self.colour = nn.Parameter(torch.randn(10, 3)), nn.Parameter(torch.rand(10, 3))
+
+    def forward(self, x):
+        return torch.exp(-torch.cdist(x, self.place)) @ self.colour
+
+
+def points_that_multiply(watched):
+    """3D Gaussian Splatting: between backward and step all parameters are replaced by larger ones, which then step
+    without a gradient."""
+    model = Points()
+    groups = [{"params": [model.place], "name": "place"}, {"params": [model.colour], "name": "colour"}]
+    optimizer = torch.optim.Adam(groups, lr=0.01, eps=1e-15)
+    watched(model, optimizer)
+    for number in range(1, 3 * STEPS + 1):
+        functional.mse_loss(model(torch.randn(16, 3)), torch.ones(16, 3)).backward()
+        for group in optimizer.param_groups if number % STEPS == 0 else ():
+            (old,) = group["params"]
+            state = optimizer.state.pop(old)
+            new = nn.Parameter(torch.cat([old.detach(), old.detach()[:2] + 0.01]))
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.cat([state[name], torch.zeros_like(state[name][:2])])
+            optimizer.state[new] = state
+            group["params"][0] = new
+            setattr(model, group["name"], new)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*model.parameters()]
+
+
 SILENT = [
+    points_that_multiply,
+    task_weights_of_gradnorm,
+    gradients_per_example,
+    noise_on_summed_micro_batches,
+    gradients_summed_elsewhere_by_a_hook,
     codebook_that_is_a_moving_average,
     momentum_encoder_in_the_optimizer,
     optimizer_that_clips_in_its_step,
@@ -172,3 +295,20 @@ def test_parameters_that_the_model_gets_in_the_middle_and_no_optimizer_has_are_f
     assert (rule, step) == ("param_not_in_optimizer", 3)
     assert {name.split(".")[0] for name in names} == {"4"}
     assert len(names) == (2 if replace == "head" else 3)
+
+
+def test_gradients_divided_out_of_place_are_still_those_that_nobody_cleared():
+    def loop(watched):
+        model = net()
+        optimizer = adam(model)
+        watched(model, optimizer)
+        for _ in range(STEPS):
+            loss_of(model).backward()
+            for parameter in model.parameters():
+                parameter.grad = parameter.grad / 8
+            optimizer.step()
+        return []
+
+    _, (monitor,) = run(loop)
+    assert [(rule, step) for rule, step, _ in found(monitor)] == [("missing_zero_grad", 1)]
+    assert len(monitor.violations[0].parameters) == len(list(net().parameters()))

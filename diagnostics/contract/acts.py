@@ -86,6 +86,8 @@ class Step:
         step: Its number.
         norms: Norm of each gradient that is not None, as the step spends it.
         rewritten: Parameters whose ``.grad`` is not the tensor that an earlier step spent, or was written to since.
+        replaced: Parameters whose ``.grad`` is not the tensor that the newest pass left, so that what is in it is not
+            known; the two that the pass began and ended with are looked at.
         total_norm: Norm of all of them, of the declared type.
         max_norm: The declared threshold; None where nothing was declared.
         norm_type: The p of the norms.
@@ -94,7 +96,7 @@ class Step:
         closure: Whether the step evaluated a closure, which runs the backward passes inside it.
         loss_scale: What the losses were multiplied by; 1.0 without a scaler.
         empty: Trainable parameters of the optimizer whose ``.grad`` is None.
-        by_hand: Those of them that their model has no more, or that move all the same.
+        by_hand: Those of them that a model has no more or has only by now, or that move all the same.
         ran: Parameters whose module ran with gradients enabled since the step before.
         foreign: Parameters of the optimizer that no model has.
         stranded: Parameters of a model that have a gradient and are in no optimizer, and whether their values have
@@ -107,6 +109,7 @@ class Step:
     step: int
     norms: Mapping[int, float]
     rewritten: frozenset[int] = NOBODY
+    replaced: frozenset[int] = NOBODY
     total_norm: float = 0.0
     max_norm: float | None = None
     norm_type: float = 2.0

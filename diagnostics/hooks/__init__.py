@@ -76,6 +76,7 @@ class Watcher:
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._spent: dict[int, State] = {}
+        self._emptied: dict[int, State] = {}  # those of them that a pass found without a gradient
         self._unspent: set[int] = set()
         self._frozen: list[int] = []
         self._marks = Marks(self._gradient)
@@ -164,6 +165,10 @@ class Watcher:
         """Whether a gradient that a step has spent was replaced or written to since."""
         spent, gradient = self._spent.get(index), self._gradient(index)
         return spent is not None and gradient is not None and is_other(gradient, spent)
+
+    def replaced(self) -> frozenset[int]:
+        """Parameters whose ``.grad`` is another tensor than the newest pass left: of the two at its ends."""
+        return self._marks.replaced()
 
     @contextmanager
     def writing(self, indices: Iterable[int]) -> Iterator[None]:
@@ -322,6 +327,8 @@ class Watcher:
             self._post_sentinel()
         else:
             self._unspent |= self._current.cleared  # for the next pass to tell of
+            self._spent |= self._emptied
+        self._emptied = {}
         self._current = BackwardPass()
         self.forward.separate()
 
@@ -336,7 +343,7 @@ class Watcher:
         for index in list(self._spent):
             gradient = self._gradient(index)
             if gradient is None:
-                del self._spent[index]
+                self._emptied[index] = self._spent.pop(index)
             else:
                 held[index] = gradient
         if not held:

@@ -21,6 +21,9 @@ from diagnostics.statistics import magnitudes
 State: TypeAlias = tuple[weakref.ref[Tensor], int]
 """A tensor and how often it has been written to in place."""
 
+_MOVED_AWAY: State = (weakref.ref(torch.empty(0)), 0)
+"""Of a gradient that is gone when its pass ends: a hook has added it up elsewhere."""
+
 
 @dataclass(slots=True)
 class Look:
@@ -40,10 +43,13 @@ class Marks:
     def __init__(self, gradient: Callable[[int], Tensor | None]) -> None:
         self._gradient = gradient
         self._seen: dict[int, State] = {}
+        self._newest: tuple[int, ...] = ()
 
-    def note(self, indices: Iterable[int]) -> Look:
+    def note(self, indices: Sequence[int]) -> Look:
         """The state of these gradients at the end of a pass."""
         present = self._present(dict.fromkeys(indices))
+        self._newest = tuple(indices)
+        self._seen.update(dict.fromkeys(indices, _MOVED_AWAY))
         self._seen.update({index: state(tensor) for index, tensor in present})
         return _look(present)
 
@@ -52,6 +58,11 @@ class Marks:
         present = self._present(list(self._seen))
         touched = [index for index, tensor in present if is_other(tensor, self._seen[index])]
         return _look(present), bool(touched)
+
+    def replaced(self) -> frozenset[int]:
+        """Those of the newest pass whose gradient is another tensor than at its end."""
+        present = self._present(index for index in self._newest if index in self._seen)
+        return frozenset(index for index, tensor in present if tensor is not self._seen[index][0]())
 
     def forget(self, index: int) -> None:
         """A step has spent this gradient."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics import statistics
-from diagnostics.contract.acts import Backward, Clip, Closing, Moved, Step
+from diagnostics.contract.acts import NOBODY, Backward, Clip, Closing, Moved, Step
 from diagnostics.hooks import Watcher
 from diagnostics.hooks.graph import where
 from diagnostics.hooks.marks import Look
@@ -58,8 +58,8 @@ class Facts:
         self._unregistered: tuple[str, ...] | None = None
         self._models = {name: weakref.ref(model) for name, model in models.items()}
         self._moved: list[Callable[[], Moved]] = []
-        self._idle: dict[str, set[int]] = {}  # which parameters of a unit had no gradient at its last recorded step
-        self._gone: set[int] = set()  # parameters that their model has no more
+        self._idle: dict[str, frozenset[int]] = {}  # which parameters of a unit had no gradient when last looked at
+        self._exchanged: set[int] = set()  # parameters that models have no more, and tensors that they have by now
         self._weights: dict[int, float] = {}  # norms of some that have no gradient, when last looked at
         self._by_hand: set[int] = set()  # those that move all the same
 
@@ -130,17 +130,20 @@ class Facts:
         ran = self._ran[unit.name]
         self._ran[unit.name] = set()
         stranded = self._read_stranded()
+        foreign = self._catalogue.foreign(observation.held)
+        idle, before = empty & foreign, self._idle.get(unit.name, NOBODY)
         if observation.recorded:
             idle = empty | {index for index, norm in norms.items() if norm == 0}
-            if not idle <= self._idle.get(unit.name, set()):
-                stranded |= self._look_for_replaced()
-            self._idle[unit.name] = set(idle)
             self._look_for_moved_by_hand(empty, observation)
+        if not idle <= before:
+            stranded |= self._look_for_replaced()
+        self._idle[unit.name] = idle if observation.recorded else idle | before
         return Step(
             optimizer=record.optimizer,
             step=record.step,
             norms=norms,
             rewritten=frozenset(index for index in norms if self._watcher.rewritten(index)),
+            replaced=self._watcher.replaced(),
             total_norm=record.clip.total_norm_after,
             max_norm=observation.clipping.state.max_norm,
             norm_type=record.clip.norm_type,
@@ -149,9 +152,9 @@ class Facts:
             closure=closure,
             loss_scale=record.loss_scale,
             empty=empty,
-            by_hand=empty & (self._gone | self._by_hand),
+            by_hand=empty & (self._exchanged | self._by_hand),
             ran=self._catalogue.parameters_of(ran) if empty else frozenset(),
-            foreign=self._catalogue.foreign(observation.held),
+            foreign=foreign,
             stranded=stranded,
             unregistered=self._look_for_unregistered(),
             compared=observation.compared,
@@ -200,7 +203,7 @@ class Facts:
     def _look_for_replaced(self) -> dict[int, bool]:
         """Where parameters begin to have no gradient: whether their model has others in their place by now."""
         models = {name: model for name, reference in self._models.items() if (model := reference()) is not None}
-        new, self._gone = self._catalogue.admit(models)
+        new, self._exchanged = self._catalogue.admit(models)
         self._watcher.adopt(new)
         found = {self._catalogue.index(tensor): tensor for tensor in new}
         self._stranded |= {index: self._sample(tensor) for index, tensor in found.items()}

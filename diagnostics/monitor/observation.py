@@ -61,7 +61,7 @@ class Catalogue:
 
     def adopt(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Takes in tensors that are not known yet, as parameters that no model has; returns those."""
-        new = [tensor for tensor in tensors if id(tensor) not in self._index]
+        new = [tensor for tensor in tensors if not self._knows(tensor)]
         for tensor in new:
             self._index[id(tensor)] = len(self.names)
             self.names.append(f"parameter_{len(self.names) - self._inside}")
@@ -72,17 +72,22 @@ class Catalogue:
         """Takes in parameters that models have got since, where they have a gradient.
 
         Returns:
-            Those parameters, and the indices of the ones that models have no more.
+            Those parameters, and the indices of others that were put in or taken out: of parameters that models have no
+            more, and of tensors that they have by now.
         """
         named = find_owners(models)[1]
         held = {id(tensor) for tensor in named.values()}
-        gone = {index for index in range(self._inside) if id(self._tensors[index]()) not in held}
-        new = {name: one for name, one in named.items() if id(one) not in self._index and one.grad is not None}
+        moved = {i for i, one in enumerate(self._tensors) if (i < self._inside) != (id(one()) in held)}
+        new = {name: one for name, one in named.items() if not self._knows(one) and one.grad is not None}
         self.adopt(list(new.values()))
         for name, tensor in new.items():
             self.names[self.index(tensor)] = name
             self._admitted.add(self.index(tensor))
-        return list(new.values()), gone
+        return list(new.values()), moved
+
+    def _knows(self, tensor: Tensor) -> bool:
+        index = self._index.get(id(tensor))  # which may have been that of a tensor that is gone
+        return index is not None and self._tensors[index]() is tensor
 
     def index(self, tensor: Tensor) -> int:
         """The index of a known parameter."""
@@ -94,7 +99,7 @@ class Catalogue:
 
     def known(self, tensors: Iterable[Tensor]) -> Iterator[int]:
         """The indices of those that are known."""
-        return (index for tensor in tensors if (index := self._index.get(id(tensor))) is not None)
+        return (self.index(tensor) for tensor in tensors if self._knows(tensor))
 
     def tensor(self, index: int) -> Tensor | None:
         """The parameter of an index, if it still lives."""

@@ -1,6 +1,7 @@
 """What is inside the gradients that a step spends: nothing twice, nothing too many, nothing lost.
 
 Known by effect: which passes added to a parameter, what ``.grad`` held when a pass began, and what a step found in it.
+Where the loop has put another tensor into ``.grad`` since the pass, what is in that is the loop's affair.
 Not seen: gradients that were zeroed in place (``zero_grad(set_to_none=False)``) of parameters that no pass begins or
 ends with, between two passes of a window; windows whose passes reach disjoint parameters count as the longest of them.
 """
@@ -131,7 +132,7 @@ class Gradients(Judge):
             if norm == 0 or (index in fact.rewritten and index not in fresh):
                 self._inside.pop(index, None)
         stale = [index for index in fact.norms if index in self._inside]
-        if not stale:
+        if fact.replaced.issuperset(stale):
             return
         first = min(self._inside[index].first for index in stale)
         count = 1 + max(self._inside[index].count for index in stale)
@@ -157,7 +158,8 @@ class Gradients(Judge):
             )
             yield Finding("window_size", fact.step, message, indices)
         lost = len(set(wiped) - self._spent - self._aside - self._unsound)
-        if 0 < lost < declared and 0 < len(inside) < declared <= lost + len(inside):
+        known = fact.replaced.isdisjoint(fact.norms)
+        if known and 0 < lost < declared and 0 < len(inside) < declared <= lost + len(inside):
             indices = tuple(index for index in fact.norms if self.windows.wiped({index}))
             message = (
                 f"{at(fact.optimizer, fact.step)} spent the gradients of {_passes(len(inside))} where accumulate="
