@@ -58,7 +58,7 @@ class Facts:
         self._unregistered: tuple[str, ...] | None = None
         self._models = {name: weakref.ref(model) for name, model in models.items()}
         self._moved: list[Callable[[], Moved]] = []
-        self._idle: dict[str, frozenset[int]] = {}  # which parameters of a unit had no gradient when last looked at
+        self._idle: dict[str, frozenset[int]] = {}  # which parameters of a unit have been without a gradient
         self._exchanged: set[int] = set()  # parameters that models have no more, and tensors that they have by now
         self._weights: dict[int, float] = {}  # norms of some that have no gradient, when last looked at
         self._by_hand: set[int] = set()  # those that move all the same
@@ -137,7 +137,7 @@ class Facts:
             self._look_for_moved_by_hand(empty, observation)
         if not idle <= before:
             stranded |= self._look_for_replaced()
-        self._idle[unit.name] = idle if observation.recorded else idle | before
+        self._idle[unit.name] = idle | before  # each is looked for once: it is a walk through the models
         return Step(
             optimizer=record.optimizer,
             step=record.step,

@@ -61,7 +61,8 @@ class Catalogue:
 
     def adopt(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Takes in tensors that are not known yet, as parameters that no model has; returns those."""
-        new = [tensor for tensor in tensors if not self._knows(tensor)]
+        known, index = self._tensors, self._index  # which every step asks, so without a call of _knows for each
+        new = [one for one in tensors if (place := index.get(id(one))) is None or known[place]() is not one]
         for tensor in new:
             self._index[id(tensor)] = len(self.names)
             self.names.append(f"parameter_{len(self.names) - self._inside}")
