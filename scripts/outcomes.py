@@ -3,10 +3,15 @@
 python scripts/outcomes.py label   trains cases.csv with three seeds and writes labels.csv; can be interrupted
 python scripts/outcomes.py judge   diagnoses the labelled runs from their logs: agreement.csv and agreement.md
 python scripts/outcomes.py heal    trains sick runs with the first remedy of their diagnosis: healing.csv and healing.md
+
+With --held-out the first two do the same for held_out_cases.csv, with other seeds: configurations that no threshold was
+chosen on. Their labels are in held_out.csv, the verdicts in held_out_agreement.csv and .md.
 """
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from diagnostics.outcomes.agreement import agreement_page, heal_each, healing_page, judge
@@ -14,32 +19,44 @@ from diagnostics.outcomes.labels import Case, Label, Runs, label, read_table, wr
 from diagnostics.trainers.progress import write_line
 
 TABLES = Path(__file__).parent / "outcomes"
-SEEDS = (0, 1, 2)
 
 
-def label_runs(runs: Runs) -> None:
-    """Writes labels.csv."""
-    write_table(TABLES / "labels.csv", _labels(runs))
+@dataclass(frozen=True)
+class Table:
+    """The files of one set of configurations, and the seeds that each is trained with."""
+
+    cases: str
+    labels: str
+    agreement: str
+    seeds: tuple[int, ...]
 
 
-def _labels(runs: Runs) -> Iterator[Label]:
-    for case in read_table(TABLES / "cases.csv", Case):
-        for seed in SEEDS:
-            found = label(runs, case, seed)
-            write_line(f"{found.label} {found.reason} {found.overrides} seed {seed}")
-            yield found
+CHOSEN_ON = Table("cases.csv", "labels.csv", "agreement", (0, 1, 2))
+HELD_OUT = Table("held_out_cases.csv", "held_out.csv", "held_out_agreement", (3, 4))
 
 
-def judge_runs(runs: Runs) -> None:
-    """Writes agreement.csv and agreement.md."""
-    judgements = [judge(runs, one) for one in read_table(TABLES / "labels.csv", Label)]
-    write_table(TABLES / "agreement.csv", judgements)
-    (TABLES / "agreement.md").write_text(agreement_page(judgements), encoding="utf-8")
+def label_runs(runs: Runs, table: Table) -> None:
+    """Writes the labels."""
+    write_table(TABLES / table.labels, _labels(runs, table))
 
 
-def heal_runs(runs: Runs) -> None:
+def _labels(runs: Runs, table: Table) -> Iterator[Label]:
+    for case, seed in product(read_table(TABLES / table.cases, Case), table.seeds):
+        found = label(runs, case, seed)
+        write_line(f"{found.label} {found.reason} {found.overrides} seed {seed}")
+        yield found
+
+
+def judge_runs(runs: Runs, table: Table) -> None:
+    """Writes what the verdicts say, as a table and as a page."""
+    judgements = [judge(runs, one) for one in read_table(TABLES / table.labels, Label)]
+    write_table(TABLES / f"{table.agreement}.csv", judgements)
+    (TABLES / f"{table.agreement}.md").write_text(agreement_page(judgements, table.labels), encoding="utf-8")
+
+
+def heal_runs(runs: Runs, table: Table) -> None:
     """Writes healing.csv and healing.md."""
-    healings = heal_each(runs, read_table(TABLES / "labels.csv", Label))
+    healings = heal_each(runs, read_table(TABLES / table.labels, Label))
     write_table(TABLES / "healing.csv", healings)
     (TABLES / "healing.md").write_text(healing_page(healings), encoding="utf-8")
 
@@ -50,5 +67,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--logs", type=Path, default=Path("outputs/outcomes"), help="folder of the runs and their logs")
+    parser.add_argument("--held-out", action="store_true", help="label or judge the configurations held out")
     arguments = parser.parse_args()
-    STAGES[arguments.stage](Runs(arguments.logs))
+    if arguments.held_out and arguments.stage == "heal":
+        parser.error("held-out runs are labelled and judged, not healed.")
+    STAGES[arguments.stage](Runs(arguments.logs), HELD_OUT if arguments.held_out else CHOSEN_ON)

@@ -5,6 +5,7 @@ import pytest
 from diagnostics import MemorySink, Monitor
 from diagnostics.cli import assemble
 from diagnostics.configs import compose_settings
+from diagnostics.records import SEVERE
 from diagnostics.trainers import loop
 
 
@@ -46,11 +47,12 @@ def test_only_clipping_lets_an_exploding_recurrent_network_learn(clip):
 
 
 def test_units_that_died_leave_a_gradient_of_exactly_zero():
-    evaluation, records, _ = run("dead_relu", "trainer.steps=50")
+    evaluation, records, verdict = run("dead_relu", "trainer.steps=50")
     *hidden, head = (layer.output.rms for layer in records[49].layers)
     assert set(hidden) == {0.0}
     assert head > 0
     assert evaluation["eval/accuracy"] < 0.2
+    assert (verdict.condition, verdict.severity) == ("dead", SEVERE)
 
 
 def test_the_norm_tells_of_a_loss_spike_before_it_comes():

@@ -34,6 +34,22 @@ def test_there_are_sixty_configurations_with_three_seeds_each_over_tasks_models_
     assert words >= {f"model.depth={depth}" for depth in (2, 4, 12, 40)}
 
 
+def test_what_was_held_out_shares_no_configuration_and_no_seed_with_the_table():
+    held_out = read_table(TABLES / "held_out.csv", Label)
+    cases = read_table(TABLES / "held_out_cases.csv", Case)
+    assert [(one.overrides, one.seed) for one in held_out] == [
+        (one.overrides, seed) for one in cases for seed in (3, 4)
+    ]
+    assert len(cases) >= 15
+    assert not {one.overrides for one in cases} & {one.overrides for one in CASES}
+
+
+@pytest.mark.parametrize("table", ["agreement", "held_out_agreement"])
+def test_no_run_that_learns_is_called_sick_in_the_committed_tables(table):
+    judgements = read_table(TABLES / f"{table}.csv", Judgement)
+    assert [one for one in judgements if one.label == "well" and one.at_end != "healthy"] == []
+
+
 def test_a_run_is_sick_where_it_ends_below_nine_tenths_of_its_twin_and_only_then_has_a_reason():
     for one in LABELS:
         near = abs(one.score - ENOUGH * one.twin_score) < 1e-4  # the table holds four digits

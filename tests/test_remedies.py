@@ -107,7 +107,7 @@ def test_what_the_run_already_follows_is_left_out():
         (
             "nonfinite",
             ("optimizer=sgd", "model.residual=true", "model.init=kaiming"),
-            "model.norm=layer model.init=default optimizer.lr=0.01",
+            "model.norm=layer model.init=default optimizer.lr=0.03",
         ),
         ("nonfinite", ("trainer.precision=fp16",), "trainer.precision=bf16"),
         ("underflow", ("trainer.precision=fp16",), "trainer.precision=bf16"),

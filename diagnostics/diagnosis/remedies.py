@@ -189,14 +189,15 @@ def _nonfinite(setup: Setup, *, forward: float | None) -> Iterator[Try]:
     if setup.get("trainer.precision") == "fp16" and setup.model:
         yield "use bf16, which has fp32's range", "trainer.precision=bf16"
     slower, rate = _slower(setup)
+    usual = _USUAL_RATES.get(setup.optimizer, math.inf)
+    too_fast = setup.get("optimizer.lr", 0.0) > usual if setup.model else False
+    if too_fast:  # the usual rate, not one still lower, for a net that has learnt nothing yet
+        rate = f"optimizer.lr={usual}"
+    besides = f" {rate}" if too_fast else ""
     if setup.model in _RECURRENT:
-        yield from _recurrent("exploding", setup)
+        yield from ((text, f"{overrides}{besides}") for text, overrides in _recurrent("exploding", setup))
     elif _grows_forward(setup):
-        too_fast = setup.get("optimizer.lr", 0.0) > _USUAL_RATES.get(setup.optimizer, math.inf)
-        yield (
-            "normalise between the layers, with PyTorch's own initialisation",
-            f"{_sound(setup)} {rate if too_fast else ''}",
-        )
+        yield "normalise between the layers, with PyTorch's own initialisation", f"{_sound(setup)}{besides}"
     if setup.model:
         yield f"{slower}, and clip the gradient norm", f"{rate}{_clipped(setup)}"
     yield slower, rate

@@ -122,8 +122,13 @@ def heal_each(runs: Runs, labels: Iterable[Label]) -> list[Healing]:
     return list(healings.values())
 
 
-def agreement_page(judgements: Sequence[Judgement]) -> str:
-    """The outcome table as Markdown: totals, two rows per condition, what disagrees, and each configuration."""
+def agreement_page(judgements: Sequence[Judgement], labels: str = "labels.csv") -> str:
+    """The outcome table as Markdown: totals, two rows per condition, what disagrees, and each configuration.
+
+    Args:
+        judgements: The labels beside the verdicts.
+        labels: The file of the labels.
+    """
     at_end = [one for one in judgements if one.agrees]
     missed = [one for one in at_end if one.label == "sick" and one.agrees == "no"]
     alarmed = [one for one in at_end if one.label == "well" and one.agrees == "no"]
@@ -132,7 +137,7 @@ def agreement_page(judgements: Sequence[Judgement]) -> str:
     lines = [
         "# Outcome table",
         "",
-        f"{len(configurations)} configurations, {len(judgements)} runs. Labels: `labels.csv`, by outcome alone.",
+        f"{len(configurations)} configurations, {len(judgements)} runs. Labels: `{labels}`, by outcome alone.",
         "",
         f"- sick for a gradient reason, called healthy at the end: **{len(missed)}** of {sick}",
         f"- learned, called sick at the end: **{len(alarmed)}** of {well}",
