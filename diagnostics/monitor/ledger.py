@@ -39,9 +39,9 @@ WINDOW = 1000
 """How many records are kept."""
 
 BLIND = (
-    "No output gradient was seen, so depth is not judged; weight gradients are. Inside a compiled model no hook runs: "
-    "take some steps under torch.compiler.set_stance('force_eager') to judge it. Otherwise the model's layers are not "
-    "called as modules."
+    "No output gradient was seen, so depth is not judged; weight gradients are. No hook runs inside a model that is "
+    "scripted, exported or compiled: a compiled one takes some steps under torch.compiler.set_stance('force_eager') to "
+    "be judged. Otherwise the model's layers are not called as modules."
 )
 """What is said once when the first recorded step has no output gradients."""
 
