@@ -2,12 +2,14 @@
 
 One rule for everything that is sent: every rank takes part in the same reductions in the same order, or in none. So
 ranks agree once, through the group's key-value store and without a collective, on whether to take part at all; after
-that what is done depends on the step's number and on reduced values, which are the same everywhere.
+that what is done depends on the step's number and on reduced values, which are the same everywhere. A rank that takes
+part no more says so in the store; one that is waiting by then is not left waiting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any
@@ -100,6 +102,8 @@ class Ranks:
         self._store = distributed.distributed_c10d._world.pg_map[group][1]  # noqa: SLF001 -- torch has no public way
         self._key = f"diagnostics/{self._store.add(f'diagnostics/{rank}', 1)}"  # each rank's n-th belong together
         self._store.set(f"{self._key}/{rank}", self._signature)
+        self._first = rank == 0
+        self._turn = 0
 
     def agree(self) -> bool:
         """Whether every rank has a Monitor on the same parameters; all ranks that ask are told the same."""
@@ -113,6 +117,10 @@ class Ranks:
         self._store.compare_set(decision, "", "yes" if alike else "no")  # the first word stands
         return bool(self._store.get(decision) == b"yes")
 
+    def goes_on(self) -> bool:
+        """Whether the next reduction takes place; all ranks that ask are told the same."""
+        return self._first_word("go")
+
     def extremes(self, header: Sequence[float], numbers: Sequence[Tensor]) -> Tensor:
         """The largest and the smallest value over the ranks, by one reduction.
 
@@ -124,13 +132,37 @@ class Ranks:
             Shape ``[2 * (len(header) + len(numbers))]``: the largest values, then the smallest ones negated.
         """
         measured = statistics.pack(numbers)
-        vector = torch.cat([*(measured.new_full((1,), one) for one in header), measured])
+        return self._reduce(torch.cat([*(measured.new_full((1,), one) for one in header), measured]))
+
+    def leave(self, header: Sequence[float], numbers: int) -> None:
+        """This rank takes part no more: the next reduction does not take place, or is joined where a rank has begun it.
+
+        Args:
+            header: What the others are told then.
+            numbers: How many numbers stand behind it.
+        """
+        if not self._first_word("stop"):
+            self._reduce(torch.tensor([*header, *([0.0] * numbers)], dtype=torch.float64))
+
+    def _reduce(self, vector: Tensor) -> Tensor:
         vector = torch.nan_to_num(vector, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         both = torch.cat([vector, -vector])
         if distributed.get_backend(self._group) == "nccl":
             both = both.cuda()  # it takes nothing else
         distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=self._group)
+        if self._first:
+            with suppress(RuntimeError, NotImplementedError):  # not every store lets go of a key
+                self._store.delete_key(self._decision())
+        self._turn += 1
         return both
+
+    def _first_word(self, word: str) -> bool:
+        """Whether this is what the first rank to speak of the next reduction has said."""
+        self._store.compare_set(self._decision(), "", word)
+        return bool(self._store.get(self._decision()) == word.encode())
+
+    def _decision(self) -> str:
+        return f"{self._key}/turn/{self._turn}"
 
 
 def relative_difference(largest: float, smallest: float) -> float:

@@ -558,3 +558,42 @@ def test_what_follows_from_a_divergence_is_counted_until_all_are_equal_again():
 def test_the_message_says_what_differs_where_and_by_how_much(found, message):
     assert judged(found)[1].startswith("Step 0: the ")
     assert message in judged(found)[1]
+
+
+def steps_of_its_own(rank, *, steps, every):
+    """Independent runs under one launcher: no rank waits for another one that has closed its Monitor."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, sinks=[], every=every, on_violation="record", on_diagnosis="record") as monitor:
+        for _ in range(steps[rank]):
+            optimizer.zero_grad()
+            model(torch.ones(5, 6)).sum().backward()
+            monitor.clip_and_step()
+    return len(monitor.records), [violation.rule for violation in monitor.violations]
+
+
+@pytest.mark.parametrize("steps", [(3, 7), (7, 3), (0, 4), (4, 0), (5, 5), (6, 5)])
+@pytest.mark.parametrize("every", [1, 10])
+def test_no_rank_waits_for_one_that_has_left(on_two_ranks, steps, every):
+    found = on_two_ranks(steps_of_its_own, steps=steps, every=every)
+    assert [taken for taken, _ in found] == list(steps)
+    assert all("rank_divergence" not in rules for _, rules in found)
+
+
+def fails_inside(rank, *, step):
+    """Watching fails on one rank alone, which goes on unwatched."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, sinks=[], on_violation="record", on_diagnosis="record") as monitor:
+        for number in range(6):
+            optimizer.zero_grad()
+            model(torch.ones(5, 6)).sum().backward()
+            if rank == 1 and number == step:
+                monitor._facts.step = None  # whatever it is that breaks
+            with pytest.warns(UserWarning, match="switched off") if rank == 1 and number == step else nullcontext():
+                optimizer.step()
+    return len(monitor.records)
+
+
+def test_no_rank_waits_for_one_whose_watching_has_failed(on_two_ranks):
+    assert on_two_ranks(fails_inside, step=2) == [6, 2]

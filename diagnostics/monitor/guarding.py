@@ -49,6 +49,7 @@ class Guarded(LedgerView):
             raise
         except Exception as error:  # noqa: BLE001 -- whatever it is, it is ours
             self._watcher.failed(error)
+            self._replicas.close("failed")
             self._told_failure = True
             self._ledger.warn(_switched_off("Watching", error))
 

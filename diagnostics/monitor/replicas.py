@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ ROUNDING = 1e-4
 NOISE = 1e-7
 """By how much a gradient may differ, relative to the largest: before a normalisation a bias has rounding for one."""
 
-_HEADER = 4  # step, optimizer, wish to record densely, wish to raise
+_HEADER = 5  # step, optimizer, wish to record densely, wish to raise, leaving
+_LEAVING = (0.0, 0.0, 0.0, 0.0, 1.0)
+_COLUMNS = 3  # that a fingerprint has
 
 
 class Replicas:
@@ -71,7 +73,10 @@ class Replicas:
             return
         if not self._met and not self._meet(self._ranks):
             return
-        header = (float(step), float(place), float(self._wish), float(self._held is not None))
+        if not self._ranks.goes_on():
+            self._ranks = None
+            return
+        header = (float(step), float(place), float(self._wish), float(self._held is not None), 0.0)
         numbers = []
         for column in observation.fingerprint():
             zero = next(iter(column.values()), torch.zeros(())).new_zeros(())
@@ -86,6 +91,9 @@ class Replicas:
             return
         values = reading.values
         largest, smallest = values[: len(values) // 2], [-value for value in values[len(values) // 2 :]]
+        if largest[_HEADER - 1]:  # a rank has left
+            self._ranks = None
+            return
         if largest[:2] != smallest[:2]:
             steps = (int(smallest[0]), int(largest[0]))
             observation.compared = Compared(self._ranks.number, steps=steps)
@@ -124,7 +132,10 @@ class Replicas:
 
     def close(self, status: str) -> None:
         """After the last step nobody waits for anybody: raises what was to be raised with the others."""
-        self._ranks = None
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            with suppress(RuntimeError):  # the group is gone, or another rank is
+                ranks.leave(_LEAVING, _COLUMNS * len(self._tolerances))
         if status in ("finished", "stopped"):
             self._raise_held(None)
 
