@@ -4,8 +4,8 @@ python scripts/outcomes.py label   trains cases.csv with three seeds and writes 
 python scripts/outcomes.py judge   diagnoses the labelled runs from their logs: agreement.csv and agreement.md
 python scripts/outcomes.py heal    trains sick runs with the first remedy of their diagnosis: healing.csv and healing.md
 
-With --held-out the first two do the same for held_out_cases.csv, with other seeds: configurations that no threshold was
-chosen on. Their labels are in held_out.csv, the verdicts in held_out_agreement.csv and .md.
+With --held-out they do the same for held_out_cases.csv, with other seeds: configurations that no threshold and no
+remedy was chosen on. Their labels are in held_out.csv, the rest in held_out_agreement and held_out_healing.
 """
 
 import argparse
@@ -28,11 +28,12 @@ class Table:
     cases: str
     labels: str
     agreement: str
+    healing: str
     seeds: tuple[int, ...]
 
 
-CHOSEN_ON = Table("cases.csv", "labels.csv", "agreement", (0, 1, 2))
-HELD_OUT = Table("held_out_cases.csv", "held_out.csv", "held_out_agreement", (3, 4))
+CHOSEN_ON = Table("cases.csv", "labels.csv", "agreement", "healing", (0, 1, 2))
+HELD_OUT = Table("held_out_cases.csv", "held_out.csv", "held_out_agreement", "held_out_healing", (3, 4))
 
 
 def label_runs(runs: Runs, table: Table) -> None:
@@ -55,10 +56,10 @@ def judge_runs(runs: Runs, table: Table) -> None:
 
 
 def heal_runs(runs: Runs, table: Table) -> None:
-    """Writes healing.csv and healing.md."""
+    """Writes what the first remedies did, as a table and as a page."""
     healings = heal_each(runs, read_table(TABLES / table.labels, Label))
-    write_table(TABLES / "healing.csv", healings)
-    (TABLES / "healing.md").write_text(healing_page(healings), encoding="utf-8")
+    write_table(TABLES / f"{table.healing}.csv", healings)
+    (TABLES / f"{table.healing}.md").write_text(healing_page(healings), encoding="utf-8")
 
 
 STAGES = {"label": label_runs, "judge": judge_runs, "heal": heal_runs}
@@ -67,8 +68,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--logs", type=Path, default=Path("outputs/outcomes"), help="folder of the runs and their logs")
-    parser.add_argument("--held-out", action="store_true", help="label or judge the configurations held out")
+    parser.add_argument("--held-out", action="store_true", help="the configurations held out")
     arguments = parser.parse_args()
-    if arguments.held_out and arguments.stage == "heal":
-        parser.error("held-out runs are labelled and judged, not healed.")
     STAGES[arguments.stage](Runs(arguments.logs), HELD_OUT if arguments.held_out else CHOSEN_ON)

@@ -1,9 +1,8 @@
 """Whether a run has made up for a slope that is gone: what the slope cost, and what has become of the loss. No torch.
 
-Layers that stood still have missed that part of the training, and the slope of a later step does not show it: a net of
-eight sigmoid layers may lose its slope at step 150 of 300 and still be at a tenth of its shallow twin's accuracy when
-the steps are spent. So a slope that stood for long is not forgiven for being gone, but for the loss that has fallen
-since. A short one is forgiven at once.
+Layers that stood still have missed that part of the training, and the slope of a later step does not show it: eight
+ReLU layers under SGD lost theirs at step 190 of 300 and ended at a third of their shallow twin's accuracy. So a slope
+that stood for long is not forgiven for being gone, but for the loss that has fallen since. A short one is.
 """
 
 from __future__ import annotations

@@ -168,6 +168,7 @@ def healing_page(healings: Sequence[Healing]) -> str:
         "# Healing table",
         "",
         f"The first remedy healed **{sum(one.healed for one in healings)}** of {len(healings)} sick runs, by outcome.",
+        "Where the same repair found a label's reason, this only shows that the right one was named first.",
         "",
         *_table(
             ["condition", "runs", "healed"],
