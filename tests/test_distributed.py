@@ -17,10 +17,12 @@ from itertools import count
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import diagnostics.distributed
-from diagnostics import ContractError, Monitor
+from diagnostics import ContractError, Monitor, clip_grad_norm_
 from diagnostics.contract import Contract, Step
 from diagnostics.contract.acts import Compared
 from diagnostics.explain import AROUND, LOOP, page
@@ -597,3 +599,40 @@ def fails_inside(rank, *, step):
 
 def test_no_rank_waits_for_one_whose_watching_has_failed(on_two_ranks):
     assert on_two_ranks(fails_inside, step=2) == [6, 2]
+
+
+def clips_shards(rank, *, size, max_norm, norm_type):
+    """Every rank holds a part of each gradient; the norm is that of the whole, as torch's own clip has it."""
+    shape = init_device_mesh("cpu", (2,))
+    models = [net(), net()]
+    for model in models:
+        fully_shard(model, mesh=shape)
+        (size * model(batch(0, 0))).sum().backward()
+    theirs, ours = models
+    wanted = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm, norm_type).full_tensor().item()
+    found = clip_grad_norm_(ours.parameters(), max_norm, norm_type)
+    pairs = [(a.grad.to_local(), b.grad.to_local()) for a, b in zip(*(one.parameters() for one in models), strict=True)]
+    return wanted, found.item(), all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_sharded_gradients_are_clipped_by_the_norm_of_the_whole(on_two_ranks, max_norm, norm_type):
+    for wanted, found, equal in on_two_ranks(clips_shards, size=1.0, max_norm=max_norm, norm_type=norm_type):
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert equal
+
+
+def clips_large_shards(rank):
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    (1e30 * model(batch(0, 0))).sum().backward()
+    found = clip_grad_norm_(model.parameters(), 1.0)
+    return found.item(), nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor().item()
+
+
+def test_sharded_gradients_whose_norm_fp32_cannot_hold_are_clipped_too(on_two_ranks):
+    for found, after in on_two_ranks(clips_large_shards):
+        assert 1e29 < found < 1e33
+        assert after == pytest.approx(1.0, rel=1e-5)

@@ -91,6 +91,7 @@ def clip_grad_norm_(
     - A norm that is NaN or infinite leaves them alone.
     - Norms of half types are accumulated and returned in fp32; finite gradients whose fp32 norm overflows or underflows
       are measured again in float64, and the norm is returned in float64 if fp32 cannot hold it.
+    - Of gradients that are spread over ranks (DTensor) the norm of the whole is returned, a plain tensor.
     - A parameter given twice counts once. Sparse gradients work, and so do empty ones with ``norm_type=inf``.
     - ``max_norm <= 0`` (0 wipes gradients, and a negative one reverses them), ``norm_type <= 0``, NaN, True and an
       iterator with nothing left in it are errors.

@@ -73,7 +73,15 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tens
         return torch.zeros(0)
     device = values[0].device
     together = [norms[index] for index in range(len(values))]
-    return torch.stack(together if len(groups) == 1 else [norm.to(device) for norm in together])
+    if len(groups) == 1 and len({getattr(norm, "device_mesh", None) for norm in together}) == 1:
+        return whole(torch.stack(together))  # one collective for all, where there has to be one
+    return torch.stack([whole(norm).to(device) for norm in together])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which every rank holds a part (a DTensor) as the whole, by a collective; any other as it is."""
+    complete: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return complete
 
 
 def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
@@ -111,14 +119,15 @@ def exact_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         Shape ``[2, len(gradients)]``: norms, then counts. Each is scaled by its peak, so that fp64 gradients hold too.
     """
     peaks = [
-        gradient.abs().amax().double() if gradient.numel() else torch.zeros(()) for gradient in map(dense, gradients)
+        whole(gradient.abs().amax()).double() if gradient.numel() else torch.zeros(())
+        for gradient in map(dense, gradients)
     ]
     scales = [torch.where(torch.isfinite(peak) & (peak > 0), peak, torch.ones_like(peak)) for peak in peaks]
     scaled = [
         dense(gradient).to(wide(gradient.dtype)) / scale for gradient, scale in zip(gradients, scales, strict=True)
     ]
     norms = pack([parameter_norms(scaled, norm_type)]) * pack(scales)
-    counts = [torch.count_nonzero(~torch.isfinite(dense(gradient))) for gradient in gradients]
+    counts = [whole((~torch.isfinite(dense(gradient))).sum()) for gradient in gradients]
     return torch.stack([norms, pack(counts)])
 
 
