@@ -436,7 +436,7 @@ def test_a_sick_net_is_an_error_that_says_what_was_seen_and_what_to_try():
         assert_healthy(model, lambda: model(torch.randn(8, 16)).square().mean())
     said = str(caught.value)
     assert said.startswith("The model is not healthy before training. vanishing: the gradient fades by 0.8")
-    assert "Try: add residual connections, with PyTorch's own initialisation;" in said
+    assert "Try: add residual connections and normalise between the layers" in said
     assert said.endswith(".")
     assert "model.activation" not in said
 
@@ -444,8 +444,8 @@ def test_a_sick_net_is_an_error_that_says_what_was_seen_and_what_to_try():
 def test_remedies_name_the_overrides_of_the_run_that_is_given():
     model = MLP(16, 2, depth=8, width=64, activation="sigmoid")
     options = {"_target_": "diagnostics.trainers.models.MLP", "activation": "sigmoid", "init": "default"}
-    options["residual"] = False
-    with pytest.raises(DiagnosisError, match=r"\(model\.residual=true\)"):
+    options |= {"residual": False, "norm": "none"}
+    with pytest.raises(DiagnosisError, match=r"\(model\.norm=layer model\.residual=true\)"):
         assert_healthy(
             model, lambda: model(torch.randn(8, 16)).square().mean(), run=RunInfo("x", config={"model": options})
         )

@@ -329,7 +329,7 @@ def test_a_run_whose_loop_broke_a_rule_is_never_shown_as_calm(tmp_path: Path) ->
 def test_a_diagnosis_stands_with_its_onset_and_with_overrides_as_code(tmp_path: Path) -> None:
     page = page_of(tmp_path, INFO, *diagnosed(fading(5), INFO), end())
     assert "vanishing · severe since step 0, worst at depth 0" in Reader(page).text
-    assert "<code>model.residual=true</code>" in page.read_text(encoding="utf-8")
+    assert "<code>model.norm=layer model.residual=true</code>" in page.read_text(encoding="utf-8")
 
 
 def test_a_diagnosis_that_cleared_says_when(tmp_path: Path) -> None:
