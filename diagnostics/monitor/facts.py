@@ -105,7 +105,7 @@ class Facts:
         found = _by_index(one.before, before)
         zeroed = frozenset(index for index, peak in found.items() if peak == 0 != self._peaks.get(index, 0.0))
         peaks = _by_index(one.after, after)
-        self._peaks.update(peaks)
+        self._peaks |= found | peaks  # what is zero at one pass and still at the next was not zeroed again
         return Backward(
             frozenset(one.accumulated),
             dict(zip(one.held, leftover.values, strict=True)),

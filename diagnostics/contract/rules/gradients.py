@@ -103,9 +103,10 @@ class Gradients(Judge):
             if fact.leftover.get(index, 0.0) == 0 or index in fact.replaced:
                 del self._inside[index]
         cleared = set(fact.cleared)
-        for index in fact.zeroed:  # few are looked at; the others of the same optimizer and history went with them
-            owner = self._owners.get(index)
-            cleared |= {index, *(other for other in self.windows.alike(index) if self._owners.get(other) == owner)}
+        if fact.zeroed:  # few are looked at; what else the same optimizers spend went with them
+            owners = {self._owners.get(index) for index in fact.zeroed}
+            held = set().union(*(members for members, _ in self.windows.open()))
+            cleared |= fact.zeroed | {index for index in held if self._owners.get(index) in owners}
         if cleared:
             self.windows.clear(cleared)
 

@@ -63,10 +63,6 @@ class Windows:
         """Those of the parameters whose gradient holds what no step has spent."""
         return {index for group in self._groups if group.inside for index in group.members & members}
 
-    def alike(self, index: int) -> set[int]:
-        """The parameters with the same history as this one."""
-        return next((set(group.members) for group in self._groups if index in group.members), set())
-
     def inside(self, members: AbstractSet[int]) -> tuple[int, ...]:
         """The passes inside the gradients of these parameters, of the one that holds most."""
         return max((group.inside for group in self._touching(members)), key=len, default=())
