@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-MISSING: Any = "???"  # as in schemas.py
+MISSING: Any = "???"  # what OmegaConf calls a value that a file or a person has still to give
 
 ClipTarget = Enum("ClipTarget", ["reciprocal", "threshold", "mean"])
 ClipGrouping = Enum("ClipGrouping", ["group", "optimizer", "name"])

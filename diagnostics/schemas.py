@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from diagnostics.clip_schemas import CLIP_SCHEMAS
-
-MISSING: Any = "???"  # what OmegaConf calls a value that a file or a person has still to give
+from diagnostics.clip_schemas import CLIP_SCHEMAS, MISSING
 
 # OmegaConf 2.3 knows no Literal; names that are keywords of Python need the functional form.
 Activation = Enum("Activation", ["relu", "tanh", "sigmoid", "gelu", "identity"])

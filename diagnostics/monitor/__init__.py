@@ -274,7 +274,7 @@ class Monitor(Guarded, Resumable):
         events = self._watcher.drain()
         self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
         passes = [event for event in events if isinstance(event, BackwardPass)]
-        facts = self._facts.ask([event for event in events if not isinstance(event, amp.SkippedStep)])
+        facts = self._facts.ask(events)
         lost = self._ask_lost(events)
         if passes and events[-1] is passes[-1]:
             self._own_clip = None  # more came in after it, so it does not tell what the step spends
@@ -378,7 +378,7 @@ class Monitor(Guarded, Resumable):
         self._closed = True
         events = self._watcher.drain()
         lost = self._ask_lost(events) if status == "finished" else []
-        facts, last = self._facts.closing([event for event in events if not isinstance(event, amp.SkippedStep)], status)
+        facts, last = self._facts.closing(events, status)
         for fact in facts:
             self._ledger.note(fact)
         self._enter_lost(lost)

@@ -83,7 +83,11 @@ class Facts:
 
         def told() -> list[Fact]:
             numbers = iter(asked)
-            since = [self._backward(one, *next(numbers)) if isinstance(one, BackwardPass) else one for one in events]
+            since = [
+                self._backward(one, *next(numbers)) if isinstance(one, BackwardPass) else one
+                for one in events
+                if isinstance(one, (BackwardPass, Clip))  # steps that a scaler skipped are no acts of the loop's
+            ]
             return [*(moved() for moved in earlier), *since]
 
         return told
@@ -202,8 +206,7 @@ class Facts:
 
     def _look_for_replaced(self) -> dict[int, bool]:
         """Where parameters begin to have no gradient: whether their model has others in their place by now."""
-        models = {name: model for name, reference in self._models.items() if (model := reference()) is not None}
-        new, self._exchanged = self._catalogue.admit(models)
+        new, self._exchanged = self._catalogue.admit(self._living())
         self._watcher.adopt(new)
         found = {self._catalogue.index(tensor): tensor for tensor in new}
         self._stranded |= {index: self._sample(tensor) for index, tensor in found.items()}
@@ -223,13 +226,16 @@ class Facts:
     def _look_for_unregistered(self) -> tuple[str, ...]:
         if self._unregistered is not None or not any(leaves.done for leaves in self._watcher.leaves):
             return ()
-        models = {name: model for name, reference in self._models.items() if (model := reference()) is not None}
         used = {
             id(leaf): leaf for leaves in self._watcher.leaves for one in leaves.found if (leaf := one()) is not None
         }
         unknown = [leaf for leaf in used.values() if not list(self._catalogue.known([leaf]))]
+        models = self._living()
         self._unregistered = tuple(where(leaf, models) for leaf in unknown)
         return self._unregistered
+
+    def _living(self) -> dict[str, nn.Module]:
+        return {name: model for name, reference in self._models.items() if (model := reference()) is not None}
 
 
 def _by_index(look: Look, reading: statistics.Reading) -> dict[int, float]:
