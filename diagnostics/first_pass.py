@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from diagnostics import diagnosis, meanfield, statistics
-from diagnostics.depth import Call
 from diagnostics.diagnosis import State
 from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.hooks import Watcher
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.meanfield import Stack
-from diagnostics.monitor.observation import Catalogue, Observation
+from diagnostics.monitor.assembly import Table
+from diagnostics.monitor.catalogue import Catalogue
+from diagnostics.monitor.observation import Observation
 from diagnostics.monitor.options import models_of
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import (
@@ -32,7 +33,6 @@ from diagnostics.records import (
     DepthFit,
     Diagnosis,
     DiagnosisError,
-    Layer,
     Layers,
     RunInfo,
     StepRecord,
@@ -227,7 +227,7 @@ def _describe(
     dead = {place: reader.ask(share) for place, share in _dead_units(catalogue, table)}
     observation.settle()
     clipping = observation.clipping.clip(write=False)
-    layers = Layers(observation.layers(table).before_step)
+    layers = observation.layers(table)
     record = StepRecord(
         step=0,
         clip=replace(clipping, shares=observation.shares(table, clipping.shares)),
@@ -259,9 +259,9 @@ def _chi(
     return chi, "measured", meanfield.trainable_depth(1.0 if abs(fit.slope) <= fit.uncertainty else chi)
 
 
-def _dead_units(catalogue: Catalogue, table: Sequence[tuple[Layer, Call]]) -> Iterator[tuple[int, Tensor]]:
+def _dead_units(catalogue: Catalogue, table: Table) -> Iterator[tuple[int, Tensor]]:
     """The share of units of a layer whose weights' and bias's gradients are exactly zero, by place in the table."""
-    for place, (layer, (owner, _)) in enumerate(table):
+    for place, (layer, (owner, _)) in enumerate(zip(table.layers, table.calls, strict=True)):
         module = catalogue.owners[owner].module()
         if layer.parameters and isinstance(module, _UNITS) and module.weight.is_leaf:
             held = [tensor for tensor in (module.weight, module.bias) if tensor is not None]

@@ -6,9 +6,8 @@ Standard library only, frozen, plain numbers; records.py has the rest of the wor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import overload
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,80 +136,6 @@ class LayerRecord:
         """The norm of the same gradient, which the fit over depth takes: it does not change with a layer's width."""
         rms, output = self.trunk_rms, self.output
         return None if rms is None or output is None else rms * math.sqrt(output.numel)
-
-
-class Layers(Sequence[LayerRecord]):
-    """The layers of one step in order of depth: a sequence of LayerRecord, made when somebody looks.
-
-    What a step did to the weights is only known after it, and reading it back at once would cost a second copy from the
-    device. So the update ratios come from a function of their own.
-
-    Args:
-        measured: The layers as they were measured before the step, or a function that makes them.
-        updates: Returns one update ratio (or None) per layer.
-
-    Example:
-        >>> layer = LayerRecord(Layer(0, "0", "Linear"), output=None, weight=None)
-        >>> layers = Layers([layer], updates=lambda: [0.001])
-        >>> layers.before_step[0].update_ratio, layers[0].update_ratio
-        (None, 0.001)
-    """
-
-    __slots__ = ("_complete", "_measured", "_source", "_updates")
-
-    def __init__(
-        self,
-        measured: Sequence[LayerRecord] | Callable[[], Sequence[LayerRecord]] = (),
-        updates: Callable[[], Sequence[float | None]] | None = None,
-    ) -> None:
-        self._source = measured
-        self._measured: tuple[LayerRecord, ...] | None = None
-        self._updates = updates
-        self._complete: tuple[LayerRecord, ...] | None = None
-
-    def unread(self) -> Layers:
-        """The same layers, to be made anew when somebody looks: what is kept should be numbers, not objects."""
-        return Layers(self._source, self._updates)
-
-    @property
-    def before_step(self) -> tuple[LayerRecord, ...]:
-        """The layers without their update ratios, which may not have come yet."""
-        if self._measured is None:
-            self._measured = tuple(self._source() if callable(self._source) else self._source)
-        return self._measured
-
-    def _look(self) -> tuple[LayerRecord, ...]:
-        if self._complete is None:
-            self._complete = self.before_step
-            if self._updates is not None:
-                pairs = zip(self.before_step, self._updates(), strict=True)
-                self._complete = tuple(replace(record, update_ratio=ratio) for record, ratio in pairs)
-        return self._complete
-
-    @overload
-    def __getitem__(self, index: int) -> LayerRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[LayerRecord, ...]: ...
-    def __getitem__(self, index: int | slice) -> LayerRecord | tuple[LayerRecord, ...]:
-        return self._look()[index]
-
-    def __len__(self) -> int:
-        return len(self.before_step)
-
-    def __iter__(self) -> Iterator[LayerRecord]:
-        return iter(self._look())
-
-    def __eq__(self, other: object) -> bool:
-        return self._look() == tuple(other) if isinstance(other, (Layers, tuple, list)) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._look())
-
-    def __repr__(self) -> str:
-        return f"Layers({list(self._look())!r})"
-
-    def __reduce__(self) -> tuple[type[Layers], tuple[tuple[LayerRecord, ...]]]:
-        return (Layers, (self._look(),))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diagnostics.layers import DepthFit, GradientStats, Layer, LayerRecord, Layers, steps_back
+from diagnostics.columns import Column, Layers
+from diagnostics.layers import DepthFit, GradientStats, Layer, LayerRecord, steps_back
 
 __all__ = [
     "NONFINITE",
@@ -23,6 +24,7 @@ __all__ = [
     "SOLE_OPTIMIZER",
     "WARNING",
     "ClipRecord",
+    "Column",
     "ContractError",
     "DepthFit",
     "Diagnosis",
@@ -274,7 +276,8 @@ class StepRecord:
         """Number of NaN and infinite elements in the weight gradients; none where their norm is finite."""
         if math.isfinite(self.clip.total_norm):
             return 0
-        return sum(record.weight.nonfinite for record in self.layers.before_step if record.weight is not None)
+        column = self.layers.columns(before_step=True).get("weight.nonfinite")
+        return 0 if column is None else sum(column.numbers)
 
     def flat(self) -> dict[str, float]:
         """The step as a flat dict of W&B keys, which are the same for every model.
@@ -298,10 +301,9 @@ class StepRecord:
             values[f"depth/{name}backward_slope"] = self.fit.slope
             values[f"depth/{name}decades"] = self.fit.decades
         if self.recorded:
-            trunk = [record for record in self.layers if record.layer.trunk]
-            outputs = [record.trunk_rms for record in trunk if record.trunk_rms is not None]
-            updates = [record.update_ratio for record in trunk if record.update_ratio is not None]
-            for quantity, profile in (("rms", outputs), ("update_ratio", updates)):
+            for quantity, column in (("rms", "trunk_rms"), ("update_ratio", "update_ratio")):
+                pairs = zip(self.layers.layers, self.layers.values(column), strict=True)
+                profile = [value for layer, value in pairs if layer.trunk and value is not None]
                 for relative in RELATIVE_DEPTHS if profile else ():
                     index = math.floor(relative * (len(profile) - 1) + 0.5)
                     values[f"depth/{name}{quantity}_{round(100 * relative):03d}"] = profile[index]

@@ -23,6 +23,7 @@ LONGEST = 400
 
 ORDER = (
     "layers",
+    "columns",
     "records",
     "statistics",
     "depth",
@@ -58,6 +59,7 @@ TO_THE_RIGHT = {
 
 STEP_PATH = {*ORDER} - {
     "layers",
+    "columns",
     "records",
     "runlog",
     "sinks",
@@ -73,6 +75,7 @@ STEP_PATH = {*ORDER} - {
 }
 WITHOUT_TORCH = (
     "layers",
+    "columns",
     "records",
     "contract.acts",
     "contract.rules",

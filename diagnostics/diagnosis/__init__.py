@@ -24,6 +24,7 @@ from diagnostics.records import (
     DepthFit,
     Diagnosis,
     LayerRecord,
+    Layers,
     RunInfo,
     StepRecord,
     Verdict,
@@ -101,8 +102,9 @@ def fit_depth(layers: Iterable[LayerRecord]) -> DepthFit | None:
         >>> round(fit_depth(layers).slope, 6)
         -1.0
     """
-    trunk = [(record.layer, record.trunk_norm) for record in layers if record.layer.trunk]
-    sizes = [(layer, norm) for layer, norm in trunk if norm is not None]
+    known = layers if isinstance(layers, Layers) else Layers(layers)
+    trunk = zip(known.layers, known.values("trunk_norm"), strict=True)
+    sizes = [(layer, norm) for layer, norm in trunk if layer.trunk and norm is not None]
     places = steps_back([layer for layer, _ in sizes])
     points = [
         (float(place), math.log10(norm)) for place, (_, norm) in zip(places, sizes, strict=True) if 0 < norm < math.inf
@@ -129,7 +131,7 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
     """
     memory = state.memories.get(record.optimizer, Memory())
     memory = replace(memory, skips=memory.skips + 1 if record.skipped else 0)
-    fit = (record.fit or fit_depth(record.layers.before_step)) if record.recorded else None
+    fit = (record.fit or fit_depth(record.layers)) if record.recorded else None
     standing = {
         condition: track.diagnosis.severity
         for (optimizer, condition), track in state.tracks.items()
@@ -150,7 +152,7 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
             tracks[record.optimizer, condition] = after
         else:
             past = (*past, after.diagnosis)[-MOST_PAST:]
-    seen = record.recorded and any(layer.output is not None for layer in record.layers.before_step)
+    seen = record.recorded and "output.norm" in record.layers.columns(before_step=True)
     memories = {**state.memories, record.optimizer: memory}
     return State(tracks, past, state.records + seen, memories), tuple(changed)
 

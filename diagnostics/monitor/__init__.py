@@ -22,10 +22,11 @@ from diagnostics.distributed import find_group, speaks
 from diagnostics.hooks import Watcher
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp
+from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.facts import Facts
 from diagnostics.monitor.guarding import Guarded
 from diagnostics.monitor.ledger import Ledger, ending, is_alarm
-from diagnostics.monitor.observation import Catalogue, Observation, Seen, as_spent, see
+from diagnostics.monitor.observation import Observation, Seen, as_spent, see
 from diagnostics.monitor.options import Clip, Options, models_of, one_number, optimizers_of
 from diagnostics.monitor.replicas import Replicas
 from diagnostics.monitor.resuming import Resumable
@@ -332,7 +333,7 @@ class Monitor(Guarded, Resumable):
             layers=layers,
             skipped=skipped,
             metrics={name: reading.values[0] for name, reading in zip(metrics, numbers[1:], strict=True)},
-            fit=diagnosis.fit_depth(layers.before_step) if observation.recorded else None,
+            fit=diagnosis.fit_depth(layers) if observation.recorded else None,
             recorded=observation.recorded,
         )
         record = self._ledger.enter(record, self._facts.step(observation, record, unit, closure=closure))

@@ -1,4 +1,4 @@
-"""Numbers read from the device → records. No torch.
+"""Numbers read from the device → columns of a step's record. No torch.
 
 The other side of the border between device tensors, which live one step, and frozen records, which live in the process.
 """
@@ -6,50 +6,190 @@ The other side of the border between device tensors, which live one step, and fr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeAlias
 
-from diagnostics.records import GradientStats, Layer, LayerRecord
+from diagnostics.records import Column, Layer
 
 OUTSIDE = "(outside the model)"
 _SINGLE = 2.0**-23
+_SEVERAL = 8
+
+Call: TypeAlias = tuple[int, int]
+Numbers: TypeAlias = Sequence[float]
+
+
+class Groups:
+    """Which numbers belong to which row, so that each row gets one: the first of them, combined with the others.
+
+    Args:
+        members: By row, the places of its numbers; a row may have none.
+
+    Example:
+        >>> groups = Groups([[0], [], [1, 2]])
+        >>> groups.rows, groups.fold([1.0, 3.0, 4.0], math.hypot)
+        ((0, 2), [1.0, 5.0])
+    """
+
+    def __init__(self, members: Sequence[Sequence[int]]) -> None:
+        self.size = len(members)
+        filled = [(row, places) for row, places in enumerate(members) if places]
+        self.rows = tuple(row for row, _ in filled)
+        self.first = [places[0] for _, places in filled]
+        self.more = [(at, place) for at, (_, places) in enumerate(filled) for place in places[1:]]
+        self._sizes: tuple[Sequence[int], Column] | None = None
+
+    def fold(self, values: Sequence[float], combine: Callable[[float, float], float]) -> list[float]:
+        """One number for each row that has any."""
+        found = [values[place] for place in self.first]
+        for at, place in self.more:
+            found[at] = combine(found[at], values[place])
+        return found
+
+    def sizes(self, numel: Sequence[int]) -> Column:
+        """The number of elements of each row; the same column for the same object."""
+        if self._sizes is None or self._sizes[0] is not numel:
+            self._sizes = numel, self.column(map(int, self.fold(numel, operator.add)), "q")
+        return self._sizes[1]
+
+    def column(self, numbers: Iterable[float], code: str = "d") -> Column:
+        """The column of what :meth:`fold` returned."""
+        return Column(array(code, numbers), None if len(self.rows) == self.size else self.rows, self.size)
+
+    def mean(self, values: Numbers, weights: Sequence[int]) -> Column | None:
+        """The mean of each row, weighted; not of rows whose weights are all zero."""
+        if not self.more:
+            return self.column(self.fold(values, operator.add))
+        totals = self.fold(weights, operator.add)
+        parts = self.fold([value * weight for value, weight in zip(values, weights, strict=True)], operator.add)
+        single = set(range(len(self.first))).difference(at for at, _ in self.more)
+        means = [part / total if total else None for part, total in zip(parts, totals, strict=True)]
+        for at in single:
+            means[at] = values[self.first[at]]
+        dense: list[float | None] = [None] * self.size
+        for row, mean in zip(self.rows, means, strict=True):
+            dense[row] = mean
+        return Column.of(dense)
+
+
+class Roster(NamedTuple):
+    """Some parameters in order.
+
+    Attributes:
+        indices: Theirs.
+        names: Theirs.
+        sizes: Their numbers of elements.
+        factors: From the norm of each one's sample to the norm of the whole.
+    """
+
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    factors: tuple[float, ...]
+
+    def estimated(self, norms: Numbers) -> array[float]:
+        """The norm of each parameter from that of its sample."""
+        return array("d", map(operator.mul, norms, self.factors))
+
+
+class Table:
+    """The layers of a model in order of depth, and where each finds its numbers; kept from step to step.
+
+    Args:
+        entries: Layers, each with the call that it is.
+
+    Attributes:
+        layers: The layers.
+        calls: Their calls.
+    """
+
+    def __init__(self, entries: Sequence[tuple[Layer, Call]]) -> None:
+        self.layers = tuple(layer for layer, _ in entries)
+        self.calls = tuple(call for _, call in entries)
+        self._groups: dict[tuple[str, ...], Groups] = {}
+
+    def groups(self, key: tuple[str, ...]) -> Groups:
+        """Where each layer finds its own parameters among some names."""
+        if key not in self._groups:
+            if len(self._groups) == _SEVERAL:
+                self._groups.clear()
+            places = {name: place for place, name in enumerate(key)}
+            own = [[places[name] for name in layer.parameters if name in places] for layer in self.layers]
+            self._groups[key] = Groups(own)
+        return self._groups[key]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One measured part of a gradient: the gradient of one parameter, or of one output in one backward pass."""
+class Gradients:
+    """Numbers about some gradients, by place; what only a recorded step measures may be missing."""
 
-    numel: int
-    norm: float
-    abs_max: float | None = None
-    zero_fraction: float | None = None
-    underflow_fraction: float | None = None
-    underflow_fp16_fraction: float | None = None
-    nonfinite: int = 0
+    numel: Sequence[int]
+    norm: Numbers
+    nonfinite: Sequence[float] = ()
+    abs_max: Numbers = ()
+    zero_fraction: Numbers = ()
+    underflow_fraction: Numbers = ()
+    underflow_fp16_fraction: Numbers = ()
 
-    def divided(self, factor: float) -> Piece:
-        """The piece as it was before it was multiplied by a factor."""
+    def divided(self, factor: float) -> Gradients:
+        """The gradients as they were before they were multiplied by a factor."""
         if factor == 1:
             return self
-        peak = None if self.abs_max is None else self.abs_max / factor
-        return replace(self, norm=self.norm / factor, abs_max=peak)
+        norm, peaks = ([number / factor for number in column] for column in (self.norm, self.abs_max))
+        return replace(self, norm=norm, abs_max=peaks)
 
-    def without_empty(self, share: float) -> Piece:
-        """The piece without rows of zeros, given the share of the other rows; all of it where there are no others."""
-        if not 0 < share < 1 or self.zero_fraction is None:
-            return self
-        small = [self.underflow_fraction, self.underflow_fp16_fraction]
-        own, fp16 = (None if one is None else one / share for one in small)
-        zero = max(0.0, 1 - (1 - self.zero_fraction) / share)
-        return Piece(round(self.numel * share), self.norm, self.abs_max, zero, own, fp16, self.nonfinite)
+    def without_empty(self, shares: Mapping[int, float]) -> Gradients:
+        """Those at some places without their rows of zeros, given the share of other rows; whole where all are zero."""
+        found = replace(self, **{name: list(getattr(self, name)) for name in ("numel", *_FRACTIONS)})
+        for place, share in shares.items():
+            if 0 < share < 1:
+                found.numel[place] = round(self.numel[place] * share)  # type: ignore[index] # lists by now
+                for name in _FRACTIONS:
+                    value = getattr(self, name)[place]
+                    empty = 1 - share if name == "zero_fraction" else 0.0
+                    getattr(found, name)[place] = max(0.0, (value - empty) / share)
+        return found
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """Norm of a parameter, estimated from a sample, and the factor from a norm over the sample to the whole's."""
+_FRACTIONS = ("zero_fraction", "underflow_fraction", "underflow_fp16_fraction")
 
-    norm: float
-    factor: float
+
+def profiled(numel: Sequence[int], profiles: Numbers, scale: float = 1.0) -> Gradients:
+    """Gradients from the rows of ``magnitudes.profiles``, divided by the loss scale.
+
+    Example:
+        >>> profiled([4], [16.0, 8.0, 0.0, 0.0, 0.0, 0.0], scale=2.0).norm
+        [8.0]
+    """
+    count = len(numel)
+    norms, peaks, zero, own, fp16, nonfinite = (profiles[row * count : (row + 1) * count] for row in range(6))
+    norms = [norm if math.isfinite(peak) else peak for norm, peak in zip(norms, peaks, strict=True)]
+    return Gradients(numel, norms, nonfinite, peaks, zero, own, fp16).divided(scale)
+
+
+def gradient_columns(part: str, groups: Groups, found: Gradients) -> dict[str, Column]:
+    """The statistics of the gradients of each layer taken together. Fractions are weighted by size.
+
+    Example:
+        >>> gradient_columns("weight", Groups([[0, 1]]), Gradients([1, 1], [3.0, 4.0]))["weight.norm"]
+        Column.of([5.0])
+    """
+    if not groups.rows:
+        return {}
+    columns: dict[str, Column | None] = {
+        "numel": groups.sizes(found.numel),
+        "norm": groups.column(groups.fold(found.norm, math.hypot)),
+    }
+    if found.abs_max:
+        columns["abs_max"] = groups.column(groups.fold(found.abs_max, _larger))
+    for name in _FRACTIONS if found.zero_fraction else ():
+        columns[name] = groups.mean(getattr(found, name), found.numel)
+    if any(found.nonfinite):
+        columns["nonfinite"] = groups.column(map(int, groups.fold(found.nonfinite, operator.add)), "q")
+    return {f"{part}.{name}": column for name, column in columns.items() if column is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,66 +236,18 @@ class Update:
         )
 
 
-def piece(numel: int, values: Sequence[float], scale: float = 1.0) -> Piece:
-    """A Piece from a column of ``magnitudes.profiles``, divided by the loss scale.
-
-    Example:
-        >>> piece(4, [16.0, 8.0, 0.0, 0.0, 0.0, 0.0], scale=2.0).norm
-        8.0
-    """
-    norm, peak, zero, own, fp16, nonfinite = values
-    return Piece(numel, norm if math.isfinite(peak) else peak, peak, zero, own, fp16, int(nonfinite)).divided(scale)
-
-
-def merge(pieces: Sequence[Piece]) -> GradientStats | None:
-    """The statistics of several pieces taken together; None for no pieces. Fractions are weighted by size.
-
-    Example:
-        >>> merge([Piece(1, 3.0), Piece(1, 4.0)]).norm
-        5.0
-    """
-    if not pieces:
-        return None
-    if len(pieces) == 1:  # as nearly all outputs are
-        one = pieces[0]
-        rms = one.norm / math.sqrt(one.numel) if one.numel else 0.0
-        return GradientStats(
-            one.numel,
-            one.norm,
-            rms,
-            one.abs_max,
-            one.zero_fraction,
-            one.underflow_fraction,
-            one.nonfinite,
-            one.underflow_fp16_fraction,
-        )
-    numel = sum(part.numel for part in pieces)
-    norm = math.hypot(*(part.norm for part in pieces))
-    peaks = [part.abs_max for part in pieces if part.abs_max is not None]
-    return GradientStats(
-        numel=numel,
-        norm=norm,
-        rms=norm / math.sqrt(numel) if numel else 0.0,
-        abs_max=_largest(peaks) if len(peaks) == len(pieces) else None,
-        zero_fraction=_mean([(part.numel, part.zero_fraction) for part in pieces]),
-        underflow_fraction=_mean([(part.numel, part.underflow_fraction) for part in pieces]),
-        nonfinite=sum(part.nonfinite for part in pieces),
-        underflow_fp16_fraction=_mean([(part.numel, part.underflow_fp16_fraction) for part in pieces]),
-    )
-
-
 @dataclass(slots=True)
 class Around:
     """What passed back through one layer at a step.
 
     Attributes:
-        outputs: The gradients of its outputs.
+        outputs: Places of the gradients of its outputs.
         inputs: Norms of the gradients of its inputs by the serial number of the call.
         made: Norms of those of its outputs, likewise.
         stream: Size and norm of the gradients of the stream behind the branch that it ends.
     """
 
-    outputs: list[Piece] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
     inputs: dict[int, list[float]] = field(default_factory=dict)
     made: dict[int, list[float]] = field(default_factory=dict)
     stream: list[tuple[int, float]] = field(default_factory=list)
@@ -174,58 +266,36 @@ class Around:
         return math.hypot(*(norm for _, norm in self.stream)) / scale / math.sqrt(numel) if numel else None
 
 
-def layer_records(
-    layers: Sequence[tuple[Layer, Around]],
-    gradients: Mapping[str, Piece],
-    weights: Mapping[str, Sampled],
-    dead: Mapping[str, float],
-    scale: float = 1.0,
-) -> list[LayerRecord]:
-    """One record per layer, without what the step did to the weights.
-
-    Args:
-        layers: Layers in order of depth, each with what passed back through it.
-        gradients: The gradients by name of the parameter; one that has none is not in it.
-        weights: Norms of the parameters by name; empty on a step that is not recorded.
-        dead: Shares of dead units by name of the weight; empty until enough steps are recorded.
-        scale: The loss scale.
-    """
-    records = []
-    for layer, around in layers:
-        own = [gradients[name] for name in layer.parameters if name in gradients]
-        held = [weights[name].norm for name in layer.parameters if name in weights]
-        weight_norm = math.hypot(*held) if held else None
-        dying = next((dead[name] for name in layer.parameters if name in dead), None)
-        stream = around.stream_rms(scale)
-        output = merge(around.outputs)
-        records.append(LayerRecord(layer, output, merge(own), weight_norm, None, around.gain, dying, stream))
-    return records
+def number_column(
+    name: str, groups: Groups, values: Numbers, combine: Callable[[float, float], float]
+) -> dict[str, Column]:
+    """One number for each layer that has any."""
+    return {name: groups.column(groups.fold(values, combine))} if groups.rows else {}
 
 
-def update_ratios(
-    layers: Sequence[Layer], weights: Mapping[str, Sampled], moved: Mapping[str, float]
-) -> list[float | None]:
+def around_columns(around: Sequence[Around], scale: float) -> dict[str, Column]:
+    """What passed back through the layers, beside their output gradients."""
+    found = {
+        "gain": Column.of(one.gain for one in around),
+        "stream_rms": Column.of(one.stream_rms(scale) for one in around),
+    }
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def update_ratios(groups: Groups, norms: Numbers, moved: Numbers) -> list[float | None]:
     """How far each layer's parameters moved, over how large they were before.
 
     Args:
-        layers: Whose parameters.
-        weights: Norms of the parameters before the step.
-        moved: Norm of the difference over the same sample.
+        groups: Where each layer finds its parameters.
+        norms: The norm of each parameter before the step.
+        moved: The norm of its change.
     """
-    ratios: list[float | None] = []
-    for layer in layers:
-        held = [name for name in layer.parameters if name in moved]
-        distance = math.hypot(*(moved[name] * weights[name].factor for name in held))
-        before = math.hypot(*(weights[name].norm for name in held))
-        ratios.append(distance / before if held and before > 0 else None)
+    ratios: list[float | None] = [None] * groups.size
+    both = zip(groups.rows, groups.fold(moved, math.hypot), groups.fold(norms, math.hypot), strict=True)
+    for row, distance, before in both:
+        ratios[row] = distance / before if before > 0 else None
     return ratios
 
 
-def _largest(values: Sequence[float]) -> float:
-    return math.nan if any(math.isnan(value) for value in values) else max(values)
-
-
-def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:
-    total = sum(weight for weight, _ in weighted)
-    known = [weight * value for weight, value in weighted if value is not None]
-    return math.fsum(known) / total if total and len(known) == len(weighted) else None
+def _larger(one: float, other: float) -> float:
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)

@@ -19,7 +19,8 @@ from diagnostics.hooks import Watcher
 from diagnostics.hooks.graph import where
 from diagnostics.hooks.marks import Look
 from diagnostics.hooks.passes import BackwardPass
-from diagnostics.monitor.observation import Catalogue, Observation
+from diagnostics.monitor.catalogue import Catalogue
+from diagnostics.monitor.observation import Observation
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, StepRecord
 from diagnostics.statistics import magnitudes

@@ -127,9 +127,10 @@ class Ledger:
             listening: Whether the hooks are at work; if not, the reason was told.
         """
         if listening and record.recorded and record.backward_passes and not self._told_blind:
-            reached = [layer for layer in record.layers.before_step if layer.weight is not None and layer.layer.trunk]
-            self._told_blind = bool(reached)
-            if reached and all(layer.output is None for layer in record.layers.before_step):
+            columns = record.layers.columns(before_step=True)
+            weights = zip(record.layers.layers, record.layers.values("weight.norm"), strict=True)
+            self._told_blind = any(layer.trunk and norm is not None for layer, norm in weights)
+            if self._told_blind and "output.norm" not in columns:
                 self.warn(BLIND)
         self._announce_violations(record.violations)
         serious = [one for one in record.diagnoses if is_alarm(one)]

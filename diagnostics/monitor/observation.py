@@ -3,155 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import operator
+from array import array
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagnostics import statistics
 from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.writing import Clipping
-from diagnostics.contract.acts import NOBODY, Compared
+from diagnostics.contract.acts import Compared
 from diagnostics.contract.rules.clips import EXCESS
-from diagnostics.depth import Call, find_owners, layer_table, unit_weights
-from diagnostics.depth.forward import Forward
-from diagnostics.hooks import Watcher
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp
-from diagnostics.monitor.assembly import OUTSIDE, Around, Piece, Sampled, Update, layer_records, update_ratios
+from diagnostics.monitor.assembly import (
+    Around,
+    Gradients,
+    Groups,
+    Table,
+    Update,
+    around_columns,
+    gradient_columns,
+    number_column,
+    update_ratios,
+)
+from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.recording import Recording
 from diagnostics.monitor.unit import Unit
-from diagnostics.records import ClipRecord, Layer, LayerRecord, Layers
-from diagnostics.statistics.dead import DeadUnits
+from diagnostics.records import ClipRecord, Column, Layers
 
 NEGLIGIBLE = 1e-4
 """A gradient so much smaller than the optimizer's largest is not expected to move its parameter."""
-
-
-class Catalogue:
-    """Parameters by index and name, and the table of layers.
-
-    Args:
-        models: Name to model.
-        pattern: Regular expression on the names of the layers to tell of; None for all.
-    """
-
-    def __init__(self, models: Mapping[str, nn.Module], pattern: str | None = None) -> None:
-        self.models = list(models)
-        self.owners, named = find_owners(models)
-        self.dead = DeadUnits(unit_weights(self.owners, named))
-        self.names = list(named)
-        self._tensors = [weakref.ref(tensor) for tensor in named.values()]
-        self._index = {id(tensor): index for index, tensor in enumerate(named.values())}
-        self._homes = {name: owner.root for owner in self.owners for name in owner.parameters}
-        self._inside = len(self.names)
-        self._admitted: set[int] = set()
-        places = {name: place for place, name in enumerate(self.names)}
-        self._of_owners = [[places[name] for name in owner.parameters] for owner in self.owners]
-        self._pattern = None if pattern is None else re.compile(pattern)
-        self._table: list[tuple[Layer, Call]] = []
-        self._version = (-1, -1)
-
-    def tensors(self) -> list[Tensor]:
-        """The parameters by index."""
-        return [tensor for tensor in (reference() for reference in self._tensors) if tensor is not None]
-
-    def adopt(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Takes in tensors that are not known yet, as parameters that no model has; returns those."""
-        known, index = self._tensors, self._index  # which every step asks, so without a call of _knows for each
-        new = [one for one in tensors if (place := index.get(id(one))) is None or known[place]() is not one]
-        for tensor in new:
-            self._index[id(tensor)] = len(self.names)
-            self.names.append(f"parameter_{len(self.names) - self._inside}")
-            self._tensors.append(weakref.ref(tensor))
-        return new
-
-    def admit(self, models: Mapping[str, nn.Module]) -> tuple[list[Tensor], set[int]]:
-        """Takes in parameters that models have got since, where they have a gradient.
-
-        Returns:
-            Those parameters, and the indices of others that were put in or taken out: of parameters that models have no
-            more, and of tensors that they have by now.
-        """
-        named = find_owners(models)[1]
-        held = {id(tensor) for tensor in named.values()}
-        moved = {i for i, one in enumerate(self._tensors) if (i < self._inside) != (id(one()) in held)}
-        new = {name: one for name, one in named.items() if not self._knows(one) and one.grad is not None}
-        self.adopt(list(new.values()))
-        for name, tensor in new.items():
-            self.names[self.index(tensor)] = name
-            self._admitted.add(self.index(tensor))
-        return list(new.values()), moved
-
-    def _knows(self, tensor: Tensor) -> bool:
-        index = self._index.get(id(tensor))  # which may have been that of a tensor that is gone
-        return index is not None and self._tensors[index]() is tensor
-
-    def index(self, tensor: Tensor) -> int:
-        """The index of a known parameter."""
-        return self._index[id(tensor)]
-
-    def name(self, tensor: Tensor) -> str:
-        """The name of a known parameter."""
-        return self.names[self.index(tensor)]
-
-    def known(self, tensors: Iterable[Tensor]) -> Iterator[int]:
-        """The indices of those that are known."""
-        return (self.index(tensor) for tensor in tensors if self._knows(tensor))
-
-    def tensor(self, index: int) -> Tensor | None:
-        """The parameter of an index, if it still lives."""
-        return self._tensors[index]()
-
-    def is_inside(self, index: int) -> bool:
-        """Whether a model has the parameter."""
-        return index < self._inside or index in self._admitted
-
-    def foreign(self, tensors: Iterable[Tensor]) -> frozenset[int]:
-        """Those that no model has."""
-        if len(self.names) == self._inside:
-            return NOBODY
-        return frozenset(index for index in self.known(tensors) if not self.is_inside(index))
-
-    def parameters_of(self, owners: Iterable[int]) -> frozenset[int]:
-        """The parameters of some owners."""
-        return frozenset(index for owner in owners for index in self._of_owners[owner])
-
-    def home(self, tensors: Sequence[Tensor]) -> int | None:
-        """Which model all these parameters belong to; None if there is no single one."""
-        names = [self.names[self._index[id(tensor)]] for tensor in tensors if id(tensor) in self._index]
-        homes = {self._homes.get(name) for name in names} if len(names) == len(tensors) else set()
-        return homes.pop() if len(homes) == 1 else None
-
-    def layers(self, watcher: Watcher, home: int | None = None) -> list[tuple[Layer, Call]]:
-        """The layers in the order of their calls, and one for parameters that no model has.
-
-        Args:
-            watcher: Has seen the calls.
-            home: Tell only of this model.
-        """
-        version = (watcher.forward.version, len(self.names))
-        if version != self._version:
-            self._version = version
-            self._table = self._make_table(watcher.forward)
-        if home is None:
-            return self._table
-        return [(layer, call) for layer, call in self._table if self.owners[call[0]].root == home]
-
-    def _make_table(self, forward: Forward) -> list[tuple[Layer, Call]]:
-        every = [call for root, order in enumerate(forward.orders) for call in order.calls or self._registered(root)]
-        table = layer_table(self.owners, every) if every else []
-        table = [(forward.place(layer, call), call) for layer, call in table]
-        outside = tuple(self.names[self._inside :])
-        if outside:
-            table.append((Layer(len(table), OUTSIDE, "Parameter", outside, trunk=False), (-1, 0)))
-        return [entry for entry in table if self._pattern is None or self._pattern.search(entry[0].name)]
-
-    def _registered(self, root: int) -> list[Call]:
-        return [(index, 0) for index, owner in enumerate(self.owners) if owner.root == root]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +115,8 @@ class Observation:
         self.held = held = unit.parameters()
         self._rates = [reader.ask(lr) if isinstance(lr, Tensor) else float(lr) for lr in unit.learning_rates()]
         parameters, self.gradients = statistics.gradients_of(held)
-        self.indices = [catalogue.index(parameter) for parameter in parameters]
+        self._roster = catalogue.roster(parameters)
+        self.indices = self._roster.indices
         still_scaled, overflow = amp.inside_step(unit.optimizers)
         self._overflow = None if overflow is None else reader.ask(overflow)
         members = unit.members(parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
@@ -239,7 +124,7 @@ class Observation:
             self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
-        names = [catalogue.names[index] for index in self.indices]
+        names = self._roster.names
         self._recording = Recording(reader, self.passes, names, self.gradients, catalogue.dead) if recorded else None
         self._held = [tensor for tensor in held if tensor.requires_grad] if recorded else []
         self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
@@ -307,38 +192,49 @@ class Observation:
         self._moved = self.reader.ask(statistics.parameter_norms(distances))
         self._before = []
 
-    def layers(self, chosen: Sequence[tuple[Layer, Call]], clip_factor: float = 1.0) -> Layers:
-        """The layers' records; the update ratios come when somebody looks.
+    def layers(self, table: Table, clip_factor: float = 1.0) -> Layers:
+        """The layers' records, made from numbers alone when somebody looks: a record must not keep tensors alive.
 
         Args:
-            chosen: The layers to tell of.
+            table: The layers to tell of.
             clip_factor: What the gradients had been multiplied by before they were measured.
         """
-        pieces, weights, scale = self._weight_pieces(clip_factor), self._sampled(), self.loss_scale
-        recording = self._recording
-        around = recording.around(scale) if recording else dict
-        dead = recording.dead() if recording else {}
+        own, gradients = self._roster.names, self._weight_gradients().divided(clip_factor)
+        if self._recording is None:
+            return Layers.from_columns(table.layers, lambda: gradient_columns("weight", table.groups(own), gradients))
+        around, dead, scale = self._recording.around(self.loss_scale), self._recording.dead(), self.loss_scale
+        held = self.catalogue.roster(self._held)
+        norms = held.estimated(self._weights.values)
 
-        def measured() -> list[LayerRecord]:
-            found: dict[Call, Around] = around()
-            rows = [(layer, found.get(call) or Around()) for layer, call in chosen]
-            return layer_records(rows, pieces(), weights, dead, scale)
+        def measured() -> dict[str, Column]:
+            found, outputs = around()
+            nearby = [found.get(call) or Around() for call in table.calls]
+            weights, judged = table.groups(held.names), table.groups(tuple(dead))
+            return {
+                **gradient_columns("output", Groups([one.outputs for one in nearby]), outputs),
+                **gradient_columns("weight", table.groups(own), gradients),
+                **around_columns(nearby, scale),
+                **number_column("weight_norm", weights, norms, math.hypot),
+                **number_column("dead_fraction", judged, [*dead.values()], max),
+            }
 
         moved = self._moved
         if moved is None:
-            return Layers(measured)
-        names = [self.catalogue.name(tensor) for tensor in self._held]
-        told = [layer for layer, _ in chosen]
+            return Layers.from_columns(table.layers, measured)
 
         def updates() -> list[float | None]:
-            return update_ratios(told, weights, dict(zip(names, moved.values, strict=True)))
+            distances = held.estimated(moved.values)
+            return update_ratios(table.groups(held.names), norms, distances)
 
-        return Layers(measured, updates)
+        return Layers.from_columns(table.layers, measured, updates)
 
-    def shares(self, chosen: Sequence[tuple[Layer, Call]], by_parameter: Sequence[float]) -> tuple[float, ...]:
+    def shares(self, table: Table, by_parameter: Sequence[float]) -> tuple[float, ...]:
         """The parts of the norm by layer, from those by parameter."""
-        share = {self.catalogue.names[index]: part for index, part in zip(self.indices, by_parameter, strict=True)}
-        return tuple(math.fsum(share[name] for name in layer.parameters if name in share) for layer, _ in chosen)
+        groups = table.groups(self._roster.names)
+        found = [0.0] * groups.size
+        for row, share in zip(groups.rows, groups.fold(by_parameter, operator.add), strict=True):
+            found[row] = share
+        return tuple(found)
 
     def standing(self) -> Callable[[], tuple[set[int], dict[int, bool]]]:
         """Which weights the step moved, and which it left though it should not have; made from numbers alone, later.
@@ -371,26 +267,12 @@ class Observation:
         rates = self.learning_rates
         return [rates[place] if place < len(rates) else 0.0 for place in self._places]
 
-    def _sampled(self) -> dict[str, Sampled]:
-        sampled = {}
-        for tensor, norm in zip(self._held, self._weights.values, strict=True):
-            taken = statistics.sample(tensor, statistics.UPDATE_SAMPLE).numel()
-            factor = math.sqrt(tensor.numel() / taken) if taken else 1.0
-            sampled[self.catalogue.name(tensor)] = Sampled(norm * factor, factor)
-        return sampled
-
-    def _weight_pieces(self, clip_factor: float) -> Callable[[], dict[str, Piece]]:
-        """Makes the pieces of weight gradients from numbers alone, later: a record must not keep tensors alive."""
-        names = [self.catalogue.names[index] for index in self.indices]
-        sizes, count = [gradient.numel() for gradient in self.gradients], len(self.gradients)
+    def _weight_gradients(self) -> Gradients:
         norms, nonfinite = self.clipping.euclidean
-        scale = self.clipping.scale
-        peaks = [peak / scale for peak in self._recording.peaks.values] if self._recording else [None] * count
-        fractions = self._recording.fractions.values if self._recording else [None] * (3 * count)
-
-        def make() -> dict[str, Piece]:
-            shares = [fractions[row * count : (row + 1) * count] for row in range(3)]
-            columns = zip(sizes, norms, peaks, *shares, nonfinite, strict=True)
-            return {name: Piece(*column).divided(clip_factor) for name, column in zip(names, columns, strict=True)}
-
-        return make
+        sizes, count, scale = self._roster.sizes, len(self.gradients), self.clipping.scale
+        kept = array("d", norms)
+        if self._recording is None:
+            return Gradients(sizes, kept, nonfinite if any(nonfinite) else ())
+        peaks, fractions = self._recording.peaks.values, self._recording.fractions.values
+        shares = (fractions[row * count : (row + 1) * count] for row in range(3))
+        return Gradients(sizes, kept, nonfinite, [peak / scale for peak in peaks], *shares)

@@ -11,7 +11,7 @@ from diagnostics import statistics
 from diagnostics.depth import Call
 from diagnostics.depth.forward import INPUT, OUTPUT, Role
 from diagnostics.hooks.passes import BackwardPass
-from diagnostics.monitor.assembly import Around, piece
+from diagnostics.monitor.assembly import Around, Gradients, profiled
 from diagnostics.statistics import magnitudes
 from diagnostics.statistics.dead import DeadUnits, row_sizes
 
@@ -60,7 +60,7 @@ class Recording:
         """The share of dead units by name of the weight."""
         return dict(zip(self._judged, self._dead.values, strict=True))
 
-    def around(self, scale: float) -> Callable[[], dict[Call, Around]]:
+    def around(self, scale: float) -> Callable[[], tuple[dict[Call, Around], Gradients]]:
         """Makes what passed back through the layers from numbers alone, later: a record must not keep tensors alive.
 
         Args:
@@ -69,18 +69,16 @@ class Recording:
         made, read = self._made, self._read
         profiles, norms, shares = self._profiles.values, self._norms.values, self._shares.values
 
-        def make() -> dict[Call, Around]:
+        def make() -> tuple[dict[Call, Around], Gradients]:
             found: dict[Call, Around] = defaultdict(Around)
-            share = iter(shares)
-            for place, (roles, numel, fused) in enumerate(made):
-                column = profiles[place :: len(made)]
-                whole = piece(numel, column, scale)
-                whole = whole.without_empty(next(share)) if fused else whole
-                for around in _sorted_in(found, roles, numel, column[0]):
-                    around.outputs.append(whole)
+            for place, (roles, numel, _) in enumerate(made):
+                for around in _sorted_in(found, roles, numel, profiles[place]):
+                    around.outputs.append(place)
             for (roles, numel), norm in zip(read, norms, strict=True):
                 _sorted_in(found, roles, numel, norm)
-            return found
+            outputs = profiled([numel for _, numel, _ in made], profiles, scale)
+            fused = (place for place, one in enumerate(made) if one[2])
+            return found, outputs.without_empty(dict(zip(fused, shares, strict=True))) if shares else outputs
 
         return make
 

@@ -16,7 +16,8 @@ import torch
 from diagnostics import statistics
 from diagnostics.contract.acts import Compared
 from diagnostics.distributed import Ranks, relative_difference
-from diagnostics.monitor.observation import Catalogue, Observation
+from diagnostics.monitor.catalogue import Catalogue
+from diagnostics.monitor.observation import Observation
 from diagnostics.monitor.schedule import Schedule
 from diagnostics.records import ContractError, DiagnosisError, StepRecord
 

@@ -13,7 +13,7 @@ from diagnostics.clipping.groups import ClipByGroup
 from diagnostics.clipping.rules import ClipRule, Measure
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor.amp import SkippedStep
-from diagnostics.monitor.observation import Catalogue
+from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.options import Clip
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import SOLE_OPTIMIZER

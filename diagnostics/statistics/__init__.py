@@ -147,6 +147,17 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
     return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
 
 
+def sample_factor(numel: int, limit: int) -> float:
+    """From the 2-norm of a tensor's sample to an estimate of the whole's.
+
+    Example:
+        >>> sample_factor(4, 4), sample_factor(9, 5)
+        (1.0, 1.3416407864998738)
+    """
+    taken = numel if numel <= limit else math.ceil(numel / _stride(numel, limit))
+    return math.sqrt(numel / taken) if taken else 1.0
+
+
 @torch.no_grad()
 def projection(tensor: Tensor) -> Tensor:
     """The sum of all elements over the root of their number, which is at most the 2-norm.
