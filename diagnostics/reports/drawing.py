@@ -1,29 +1,30 @@
-"""What all figures share: paper, ink, marks, legends, and how a long time line is thinned.
+"""A figure: a Vega-Lite specification and its data, drawn by vl-convert as SVG, PNG or PDF and by the page in a browser.
 
-Text and frames have one neutral grey that can be read on white and on black; a page may replace it by its own colour.
-The other colours can be told apart by the colour-blind, and no mark is told by its colour alone.
+Text and frames have the colour of the text around them. The other colours can be told apart by the colour-blind, and no
+mark is told by its colour alone.
 """
 
-# ruff: noqa: PLC0415 -- matplotlib and numpy are loaded when a figure is drawn
+# ruff: noqa: PLC0415 -- vl-convert is loaded when a figure is drawn
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
+Specification = dict[str, Any]
+Data = Mapping[str, Sequence[Mapping[str, Any]]]
 
-INK = "#7b7f87"
+INK = "currentColor"
+GREY = "#7b7f87"
 BLUE, ORANGE, GREEN, ALARM, BLACK = "#3a86d0", "#d9730d", "#1f9e78", "#e5174f", "#000000"
-COLUMNS = 400  # about the pixels that a page has for them
-TOP, BOTTOM = 1.025, 0.0
+SERIES = (BLUE, ORANGE, GREEN, "#b05cc2", "#8c6d1f", "#d1548a", "#5b6bd6", GREY)
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
+POINTS_PER_CM = 72 / 2.54
+PRINT_DPI = 300
+FORMATS = ("pdf", "svg", "png")
 
 
 @contextmanager
@@ -36,117 +37,179 @@ def figures_extra() -> Iterator[None]:
         raise ModuleNotFoundError(message, name=error.name) from error
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure on no window: transparent, inches wide and high."""
-    with figures_extra():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def name(axes: Axes, title: str, x: str, y: str) -> None:
-    """Titles the axes, names both axes, and gives the frame its look."""
-    axes.set_title(title, color=INK, loc="left", fontsize="medium", fontweight="bold", pad=26)
-    axes.set_xlabel(x, color=INK, fontsize="small")
-    axes.set_ylabel(y, color=INK, fontsize="small")
-    axes.set_facecolor("none")
-    axes.tick_params(colors=INK, which="both", labelsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[:].set_color(INK)
-
-
-def short(text: str, longest: int = 24) -> str:
-    """A name as a figure can hold it: not too long, and no character that the font has no glyph for."""
-    shown = "".join(one if one.isprintable() and one < "\u0250" else "?" for one in text)
-    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
-
-
-def say(axes: Axes, sentence: str) -> None:
-    """Puts a sentence where there is nothing to draw."""
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, sentence, color=INK, ha="center", va="center", transform=axes.transAxes)
-
-
-def mark(axes: Axes, x: Sequence[float] | NDArray[Any], y: float, marker: str, label: str, **look: Any) -> None:
-    """Markers at ``x``, the fraction ``y`` of the way up the frame, drawn over it."""
-    if len(x):
-        look = {"color": ALARM, "markersize": 6, **look}
-        across = axes.get_xaxis_transform()
-        axes.plot(x, [y] * len(x), marker, label=label, transform=across, clip_on=False, zorder=5, **look)
-
-
-def at_least_a_decade(low: float, high: float) -> tuple[float, float]:
-    """Limits of a scale of log10 values that is never so narrow that it shows noise as structure.
-
-    Example:
-        >>> at_least_a_decade(-3.0, -3.0)
-        (-3.5, -2.5)
-    """
-    wider = max(0.0, 1.0 - (high - low)) / 2
-    return low - wider, high + wider
-
-
-def legend(axes: Axes, note: str = "") -> None:
-    """A legend below the axes, under a note; in two columns if its labels are short."""
-    from matplotlib.transforms import ScaledTranslation
-
-    handles, labels = axes.get_legend_handles_labels()
-    columns = 1 if any(len(label) > 24 for label in labels) else 2
-    below = ScaledTranslation(0, -34 / 72, axes.figure.dpi_scale_trans)
-    box = axes.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=axes.transAxes + below, ncols=columns,
-        frameon=False, labelcolor=INK, fontsize="small", title=note or None, title_fontsize="small", alignment="left",
-        borderpad=0, borderaxespad=0,
-    )  # fmt: skip
-    box.get_title().set_color(INK)
-    for text in box.get_texts():
-        text.set_parse_math(False)
-
-
-def stretches(steps: NDArray[np.int64]) -> list[NDArray[np.intp]]:
-    """Positions in ``steps`` (ascending) grouped by equal stretches of the time line, at most COLUMNS of them."""
-    import numpy as np
-
-    stretch = (steps - steps[0]) * COLUMNS // (steps[-1] - steps[0] + 1)
-    return np.split(np.arange(len(steps)), np.flatnonzero(np.diff(stretch)) + 1)
-
-
-def extremes(steps: NDArray[np.int64], *series: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Positions to draw: in every stretch the first, the last, and where a series is smallest and largest."""
-    import numpy as np
-
-    kept: set[np.intp] = set()
-    for group in stretches(steps):
-        kept.update((group[0], group[-1]))
-        for values in series:
-            inside = values[group]
-            inside = np.where(np.isfinite(inside), inside, np.median(inside))
-            kept.update((group[inside.argmin()], group[inside.argmax()]))
-    return np.array(sorted(kept))
-
-
-def to_svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element for a page: transparent, text as text, no identifier that another figure may have.
+def look(ink: str = INK) -> Specification:
+    """The Vega-Lite configuration that all figures share.
 
     Args:
-        figure: What to write.
-        title: Tells two figures of one page apart.
-
-    Returns:
-        ``<svg …>…</svg>``; the same for the same figure and title.
+        ink: Colour of text and frames.
 
     Example:
-        >>> to_svg(new_figure(4, 3), "empty").startswith("<svg")
+        >>> look("black")["axis"]["labelColor"]
+        'black'
+    """
+    words = {"labelColor": ink, "titleColor": ink, "labelFontSize": 10, "titleFontSize": 11, "titleFontWeight": "normal"}
+    return {
+        "aria": False,
+        "background": None,
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": None},
+        "title": {"color": ink, "subtitleColor": ink, "fontSize": 12, "subtitleFontSize": 10, "anchor": "start"},
+        "axis": {
+            **words,
+            "domainColor": GREY,
+            "tickColor": GREY,
+            "gridColor": GREY,
+            "gridOpacity": 0.25,
+            "labelLimit": 220,
+        },
+        "axisX": {"grid": False},
+        "legend": {
+            **words,
+            "orient": "bottom",
+            "direction": "vertical",
+            "labelLimit": 330,
+            "titleLimit": 330,
+            "symbolSize": 50,
+            "layout": {"bottom": {"direction": "vertical", "anchor": "start", "margin": 4}},
+        },
+        "range": {"category": list(SERIES), "symbol": list(SHAPES)},
+        "rule": {"color": ink},
+        "text": {"color": ink, "fontSize": 10},
+        "line": {"strokeWidth": 1.5},
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """A figure that shows itself in a notebook and is drawn without a display, a network or global state.
+
+    Attributes:
+        name: The kind of figure, as the function that makes it is called; also its file's name.
+        title: What it shows.
+        specification: Vega-Lite without data, size and colours of text; depends on the kind alone.
+        data: Named tables of plain numbers and text, as the specification wants them.
+        note: What the reader has to know about these data: that they are thinned, that something is missing.
+        words: The same as the picture in a sentence, for who cannot see it.
+
+    Example:
+        >>> bars = {"data": {"name": "bars"}, "mark": "bar", "encoding": {"x": {"field": "size", "type": "quantitative"}}}
+        >>> Figure("bars", "Sizes", bars, {"bars": [{"size": 3}]}).svg().startswith("<svg")
         True
     """
-    import matplotlib as mpl
 
-    text = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", dpi=160, metadata=nothing)
-    svg = text.getvalue()
-    return re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]).strip()
+    name: str
+    title: str
+    specification: Specification = field(repr=False)
+    data: Data = field(repr=False)
+    note: str = ""
+    words: str = ""
+
+    def full(self, width: float | None = None, ink: str = INK) -> Specification:
+        """The whole Vega-Lite specification, data included, for other tools that draw it.
+
+        Args:
+            width: Of the whole figure in points; its own if None.
+            ink: Colour of text and frames.
+        """
+        return {
+            "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+            "config": look(ink),
+            "background": None,
+            "padding": 4,
+            **self._view(width),
+        }
+
+    def svg(self, width_cm: float | None = None) -> str:
+        """The figure as an SVG element, transparent, in the colour of the text around it."""
+        return _draw("svg", self.full(_points(width_cm)))
+
+    def png(self, width_cm: float | None = None, scale: float = 2.0) -> bytes:
+        """The figure as a PNG on white.
+
+        Args:
+            width_cm: Width in print, at 300 dots per inch; the figure's own if None.
+            scale: Pixels per point where no width is given.
+        """
+        scale = scale if width_cm is None else PRINT_DPI / 72
+        return _draw("png", {**self.full(_points(width_cm), "#202226"), "background": "white"}, scale=scale)
+
+    def pdf(self, width_cm: float | None = None) -> bytes:
+        """The figure as a PDF of one page, text as text."""
+        return _draw("pdf", self.full(_points(width_cm), "#202226"))
+
+    def save(self, path: str | Path, width_cm: float | None = None) -> Path:
+        """Writes the figure in the format that the file's ending names: ``.pdf``, ``.svg`` or ``.png``.
+
+        Raises:
+            ValueError: Another ending.
+        """
+        path = Path(path)
+        drawn = {".pdf": self.pdf, ".svg": self.svg, ".png": self.png}.get(path.suffix)
+        if drawn is None:
+            endings = ", ".join(f".{ending}" for ending in FORMATS)
+            raise ValueError(f"A figure's file must end in one of {endings}; got {path.name!r}.")
+        content = drawn(width_cm)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        return {"image/svg+xml": self.svg(), "text/plain": self.words or self.title}
+
+    def _view(self, width: float | None) -> Specification:
+        """The view with its data and title, as it can also stand in a grid."""
+        title = {"title": {"text": self.title, **({"subtitle": _wrapped(self.note)} if self.note else {})}}
+        size = {} if width is None else {"width": width, "autosize": {"type": "fit", "contains": "padding"}}
+        return {**(title if self.title else {}), **with_data(self.specification, self.data), **size}
+
+
+def grid(name: str, rows: Sequence[tuple[str, Sequence[Figure]]]) -> Figure:
+    """Figures side by side, a row under each heading.
+
+    Args:
+        name: Of the whole.
+        rows: A heading, empty for none, and the figures of each row.
+    """
+    apart = {"scale": dict.fromkeys(("color", "shape", "strokeDash", "fill"), "independent")}
+    lines = []
+    for heading, figures in rows:
+        line: Specification = {"hconcat": [one._view(None) for one in figures], "spacing": 40, "resolve": apart}
+        lines.append({**line, "title": {"text": heading, "fontSize": 14}} if heading else line)
+    words = " ".join(one.words for _, figures in rows for one in figures)
+    return Figure(name, "", {"vconcat": lines, "resolve": apart} if len(lines) > 1 else lines[0], {}, words=words)
+
+
+def with_data(part: Any, data: Data) -> Any:
+    """A specification in which every name of a table is replaced by the table.
+
+    Example:
+        >>> with_data({"data": {"name": "bars"}}, {"bars": [{"size": 3}]})
+        {'data': {'values': [{'size': 3}]}}
+    """
+    if isinstance(part, list):
+        return [with_data(one, data) for one in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        key: {"values": data[value["name"]]} if key == "data" and "name" in value else with_data(value, data)
+        for key, value in part.items()
+    }
+
+
+def _wrapped(note: str) -> list[str]:
+    from textwrap import wrap
+
+    return wrap(note, 64)
+
+
+def _points(width_cm: float | None) -> float | None:
+    if width_cm is None:
+        return None
+    if not width_cm > 0:
+        raise ValueError(f"width_cm must be a positive number of centimetres; got {width_cm}.")
+    return round(width_cm * POINTS_PER_CM, 2)
+
+
+def _draw(ending: str, specification: Specification, **options: Any) -> Any:
+    with figures_extra():
+        import vl_convert
+    return getattr(vl_convert, f"vegalite_to_{ending}")(specification, allowed_base_urls=[], **options)

@@ -1,350 +1,422 @@
-"""Figures of one run: the gradient over depth and step, its profile over depth, and the norm that was clipped.
+"""The figures of a run: what is drawn, as plain numbers. numpy; vl-convert only when a figure is drawn.
 
-A function takes the records of one optimizer and returns a ``matplotlib.figure.Figure`` that belongs to no window and
-to no global state. matplotlib and numpy are imported when a figure is drawn, never before.
+A function takes the columns of one optimizer (:class:`~diagnostics.reports.history.History`) and returns a
+:class:`~diagnostics.reports.drawing.Figure`. A live Monitor, a run log and the page draw the same ones.
 """
-
-# ruff: noqa: PLC0415 -- see above
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diagnostics.records import DepthFit, GradientStats, Layer, StepRecord, steps_back
-from diagnostics.reports.drawing import (
-    ALARM,
-    BLACK,
-    BLUE,
-    BOTTOM,
-    GREEN,
-    INK,
-    ORANGE,
-    TOP,
-    at_least_a_decade,
-    extremes,
-    legend,
-    mark,
-    name,
-    new_figure,
-    say,
-    short,
-    stretches,
-)
+from diagnostics.records import SEVERITY_NAMES, DepthFit, Diagnosis, Violation, steps_back
+from diagnostics.reports import specifications
+from diagnostics.reports.drawing import Figure, figures_extra, grid
 
-if TYPE_CHECKING:
+with figures_extra():
     import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
+from numpy.typing import NDArray
 
-LEGEND_MARKS = 4
+from diagnostics.reports.history import History, Quantity
+from diagnostics.reports.thinning import COLUMNS, IS_ZERO, MEASURED, MISSING, NOT_FINITE, ROWS, cells, extremes, merge, stretches
+
+Finding = Diagnosis | Violation
+
 MOST_DECADES = 400  # float64 ends at 324; what lies beyond came from a damaged log
-MISSING, MEASURED, IS_ZERO, NOT_FINITE = range(4)
+MARKED = 4  # onsets above a heatmap; the time line of findings shows all
+SPECIAL = {MISSING: None, IS_ZERO: specifications.IS_ZERO, NOT_FINITE: specifications.NOT_FINITE}
+DOTTED = 60  # points of a line that are each worth a dot
+OUTER = (0.1, 0.5, 0.9)
+"""Quantiles that a spread over steps shows."""
 
 
-def heatmap(records: Sequence[StepRecord]) -> Figure:
+def heatmap(history: History, findings: Iterable[Finding] = (), columns: int = COLUMNS) -> Figure:
     """Depth × step: log10 of the output gradient's rms, one column per recorded step.
 
-    Exact zeros are black, NaN and infinity red with a cross above their step; a layer that was not called is grey. In a
-    run too long for one column per step a column shows the most extreme of its steps, and the figure says so.
-    Triangles above mark the onset of diagnoses, diamonds the first break of a rule of the loop.
+    Exact zeros are black, NaN and infinity red; a layer that was not called is grey. In a run too long or too deep for
+    one cell each, a cell shows the most extreme of what it stands for, and the figure says so. Marks above show the onset
+    of diagnoses and the first break of each rule of the loop.
 
     Args:
-        records: Step records of one optimizer.
+        history: The steps of one optimizer.
+        findings: Diagnoses and violations to mark.
+        columns: At most so many columns.
+
+    Returns:
+        The figure; one that says so where no step was recorded.
+    """
+    quantity = history.by_layer.get("output.rms")
+    name, title = "heatmap", "Output gradient by depth and step"
+    if quantity is None:
+        return _nothing(name, title, specifications.heatmap(), ("columns", "layers", "onsets"))
+    steps, depths = history.steps[quantity.rows], len(history.layers)
+    logs, kinds = cells(quantity.values, quantity.measured)
+    broken = int((kinds == NOT_FINITE).sum())
+    groups = stretches(steps, columns)
+    logs, kinds = merge(logs, kinds, groups)
+    per = math.ceil(depths / ROWS)
+    logs, kinds = (part.T for part in merge(logs.T, kinds.T, np.array_split(np.arange(depths), range(per, depths, per))))
+    inner = [float(steps[left[-1]] + steps[right[0]]) / 2 for left, right in pairwise(groups)]
+    edges = [float(steps[0]) - 0.5, *inner, float(steps[-1]) + 0.5]
+    table = [
+        {"x": left, "x2": right, "steps": _stretch(steps[group]), "per": per, "log10": _with_kinds(*column)}
+        for (left, right), group, *column in zip(pairwise(edges), groups, logs, kinds, strict=True)
+    ]
+    finite = quantity.values[quantity.measured & np.isfinite(quantity.values)]
+    return Figure(
+        name,
+        title,
+        specifications.heatmap(),
+        {"columns": table, "layers": named(history), "onsets": _onsets(findings)},
+        _merged(max(map(len, groups)), per),
+        f"Heatmap of the output gradient's rms over {depths} depths and {len(steps)} recorded steps: "
+        f"{_range(finite)}; {broken} values are NaN or infinite.",
+    )
+
+
+def depth_profile(history: History, steps: Sequence[int] = ()) -> Figure:
+    """log10 of the output gradient's rms over depth at some recorded steps, with the fit and its slope.
+
+    The dashed line is the step's fit. Hollow points belong to layers that are recorded but not fitted. Exact zeros
+    stand on the lower edge, NaN and infinity on the upper one.
+
+    Args:
+        history: The steps of one optimizer.
+        steps: Which recorded steps; the first, the middle and the last if empty.
 
     Returns:
         The figure; one that says so where no step was recorded.
 
-    Example:
-        >>> heatmap([]).axes[0].get_title(loc="left")
-        'Output gradient by depth and step'
+    Raises:
+        ValueError: A step that was not recorded.
     """
-    return _alone(_draw_heatmap, records)
+    quantity = history.by_layer.get("trunk_rms")
+    name, title = "depth_profile", "Output gradient over depth"
+    tables = ("profiles", "layers", "edges", "frame")
+    if quantity is None:
+        return _nothing(name, title, specifications.depth_profile(), tables)
+    logs, kinds = cells(quantity.values, quantity.measured)
+    chosen = _chosen(history.steps[quantity.rows], steps)
+    profiles = [_profile(history, int(quantity.rows[row]), logs[row]) for row in chosen]
+    edges = [
+        {"what": SPECIAL[kind], "depth": np.flatnonzero(kinds[row] == kind).tolist()}
+        for row in chosen
+        for kind in (NOT_FINITE, IS_ZERO)
+        if (kinds[row] == kind).any()
+    ]
+    heights = np.concatenate([logs[chosen].ravel(), *(_floats(one["line"]) for one in profiles)])
+    hollow = any(not layer.trunk for layer in history.layers)
+    notes = ["hollow points: recorded, not fitted"] if hollow else []
+    return Figure(
+        name,
+        title,
+        specifications.depth_profile(),
+        {"profiles": profiles, "layers": named(history), "edges": edges, "frame": _frame("log10", heights)},
+        "; ".join([*notes, *_said_of_edges(edges, "depth", "depths")]),
+        "Output gradient over depth at " + ", ".join(one["label"] for one in profiles) + ".",
+    )
 
 
-def depth_profile(records: Sequence[StepRecord]) -> Figure:
-    """log10 of the output gradient's rms over depth, at the first, the middle and the last recorded step.
-
-    The dashed line is ``StepRecord.fit``; its slope stands in the legend. Hollow points belong to layers that are
-    recorded but not fitted. Exact zeros stand on the lower edge, NaN and infinity on the upper one.
-
-    Args:
-        records: Step records of one optimizer.
-
-    Returns:
-        The figure; one that says so where no step was recorded.
-
-    Example:
-        >>> depth_profile([]).axes[0].get_title(loc="left")
-        'Output gradient over depth'
-    """
-    return _alone(_draw_profile, records)
-
-
-def norms(records: Sequence[StepRecord]) -> Figure:
+def norms(history: History, columns: int = COLUMNS) -> Figure:
     """Total gradient norm before and after clipping, with the threshold, over all steps.
 
     Crosses on the upper edge are norms that are NaN or infinite, triangles on the lower edge norms that are zero,
     squares on the lower edge steps that were skipped. A long run keeps the extremes of each stretch, and says so.
 
     Args:
-        records: Step records of one optimizer.
+        history: The steps of one optimizer.
+        columns: Stretches of steps into which a long run is cut.
 
     Returns:
-        The figure; one that says so where there is no step.
-
-    Example:
-        >>> norms([]).axes[0].get_title(loc="left")
-        'Total gradient norm'
+        The figure.
     """
-    return _alone(_draw_norms, records)
+    before, after, threshold = (history.by_step[f"clip.{name}"] for name in ("total_norm", "total_norm_after", "threshold"))
+    clips = history.rule != "none"
+    wanted = {"before clipping" if clips else "norm, not clipped": before}
+    if clips:
+        wanted["after clipping"] = after
+        if history.rule != "value" and (_drawable(threshold) > 0).any():  # by value: one element's bound is no norm
+            wanted["threshold"] = threshold
+    series, dots, most = [], [], 0
+    for label, values in wanted.items():
+        drawable = _drawable(values)
+        kept = extremes(history.steps, drawable, columns)
+        most = max(most, len(kept))
+        series.append({"series": label, "step": history.steps[kept].tolist(), "norm": rounded(drawable[kept])})
+        lonely = _lonely(drawable[kept])
+        dots.append({"series": label, "step": history.steps[kept][lonely].tolist(), "norm": rounded(drawable[kept][lonely])})
+    marks = {
+        specifications.NOT_FINITE: ~np.isfinite(before),
+        specifications.IS_ZERO: before == 0,
+        specifications.SKIPPED: history.skipped,
+    }
+    edges = [{"what": what, "step": _few(history.steps[where], columns)} for what, where in marks.items() if where.any()]
+    thinned = [f"{most:,} of {len(before):,} steps drawn, extremes kept"] if most < len(before) else []
+    finite = before[np.isfinite(before)]
+    heights = np.concatenate([np.log10(_drawable(values)) for values in wanted.values()])
+    return Figure(
+        "norms",
+        f"Total gradient norm, p = {history.norm_type:g}",
+        specifications.norms(),
+        {"series": series, "dots": dots, "edges": edges, "frame": _frame("norm", heights, base=10)},
+        "; ".join([*thinned, *(_said(what, int(where.sum()), "steps") for what, where in marks.items() if where.any())]),
+        f"Total gradient norm over {len(before)} steps: {_range(finite)} before clipping; "
+        f"{int(history.applied.sum())} steps were clipped.",
+    )
 
 
-def overview(records: Sequence[StepRecord]) -> Figure:
-    """All three figures in one; with several optimizers, one row of them for each.
+def clipping(history: History, columns: int = 40) -> Figure:
+    """The share of steps that were clipped, in each stretch of the run and so far.
 
     Args:
-        records: Step records, of one optimizer or of several.
+        history: The steps of one optimizer.
+        columns: At most so many stretches.
+
+    Returns:
+        The figure.
+    """
+    groups = stretches(history.steps, columns)
+    starts = [int(history.steps[group[0]]) for group in groups]
+    table = {
+        "x": [start - 0.5 for start in starts],
+        "x2": [start - 0.5 for start in [*starts[1:], int(history.steps[-1]) + 1]],
+        "share": rounded(np.array([history.applied[group].mean() for group in groups])),
+    }
+    so_far = np.cumsum(history.applied) / np.arange(1, len(history.applied) + 1)
+    ends = np.array([group[-1] for group in groups])
+    return Figure(
+        "clipping",
+        "Steps that were clipped",
+        specifications.clipping(),
+        {"stretches": [table], "so_far": [{"step": history.steps[ends].tolist(), "share": rounded(so_far[ends])}]},
+        words=f"{int(history.applied.sum())} of {len(history.applied)} steps were clipped.",
+    )
+
+
+def gain(history: History) -> Figure:
+    """The local gain of each layer: what passing back through it makes of the gradient's norm; 1 keeps it."""
+    return _by_depth(history, "gain", "Gain of each layer", "gradient norm, input / output", "log", 1.0)
+
+
+def update_ratio(history: History) -> Figure:
+    """How far a step moves each layer's weights relative to their size."""
+    return _by_depth(history, "update_ratio", "Update / weight", "‖update‖ / ‖weight‖", "log")
+
+
+def share(history: History) -> Figure:
+    """Each layer's share of the total norm, raised to the power p so that shares sum to one."""
+    return _by_depth(history, "share", "Share of the total norm", f"share of norm ** {history.norm_type:g}", "linear", form=".0%")
+
+
+def findings(history: History, found: Iterable[Finding]) -> Figure:
+    """Diagnoses from their onset until they cleared, and the first break of each rule of the loop, on the time line.
+
+    Args:
+        history: The steps of one optimizer; the time line's end.
+        found: Diagnoses and violations.
+
+    Returns:
+        The figure.
+    """
+    last = int(history.steps[-1]) if len(history.steps) else 0
+    table: list[dict[str, Any]] = [_finding(one, last) for one in found]
+    table.sort(key=lambda row: row["start"])
+    said = ", ".join(f"{row['what']} ({row['when']})" for row in table) or "nothing"
+    return Figure(
+        "findings", "What was found, and when", specifications.findings(), {"findings": table}, words=f"Found: {said}."
+    )
+
+
+def overview(histories: Mapping[str, History], found: Mapping[str, Sequence[Finding]] | None = None) -> Figure:
+    """Heatmap, profile and norms in one; with several optimizers, one row of them for each.
+
+    Args:
+        histories: The steps of each optimizer by its name.
+        found: Diagnoses and violations of each optimizer.
 
     Returns:
         The figure that ``monitor.plot()`` and ``read_run(path).plot()`` show.
+    """
+    rows = [
+        (name if len(histories) > 1 else "", [heatmap(one, (found or {}).get(name, ())), depth_profile(one), norms(one)])
+        for name, one in histories.items()
+    ]
+    return grid("overview", rows or [("", [_nothing("overview", "Overview", {"mark": "point"}, ())])])
+
+
+def named(history: History) -> list[dict[str, Any]]:
+    """The table ``layers`` of a figure: what each depth is called."""
+    return [{"depth": depth, "layer": layer.name} for depth, layer in enumerate(history.layers)]
+
+
+def rounded(values: NDArray[Any]) -> list[float | None]:
+    """Four significant digits, which no eye tells from all of them; None for what is not finite.
 
     Example:
-        >>> len(overview([]).axes)
-        3
+        >>> rounded(np.array([1 / 3, np.nan]))
+        [0.3333, None]
     """
-    optimizers = list(dict.fromkeys(record.optimizer for record in records)) or [""]
-    figure = new_figure(15.0, 4.0 * len(optimizers))
-    rows = figure.subfigures(len(optimizers), 1, squeeze=False)[:, 0]
-    for optimizer, row in zip(optimizers, rows, strict=True):
-        if len(optimizers) > 1:
-            row.suptitle(short(optimizer, 80), color=INK, parse_math=False)
-        own = [record for record in records if record.optimizer == optimizer]
-        for axes, draw in zip(row.subplots(1, 3), (_draw_heatmap, _draw_profile, _draw_norms), strict=True):
-            draw(axes, own)
-    return figure
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _alone(draw: Callable[[Axes, Sequence[StepRecord]], None], records: Sequence[StepRecord]) -> Figure:
-    figure = new_figure(4.8, 3.7)
-    draw(figure.add_subplot(), records)
-    return figure
+def _by_depth(
+    history: History, name: str, title: str, y: str, scale: str, level: float | None = None, form: str = "~g"
+) -> Figure:
+    quantity = history.by_layer.get(name)
+    specification = specifications.by_depth(y, scale, form)
+    if quantity is None:
+        return _nothing(name, title, specification, ("spread", "layers", "level"))
+    usable = np.isfinite(quantity.values) & quantity.measured & ((quantity.values > 0) | (scale != "log"))
+    known = np.flatnonzero(usable.any(axis=0))
+    low, median, high = _quantiles(quantity, usable)[:, known]
+    last = np.where(usable[-1], quantity.values[-1], np.nan)[known]
+    spread = {"depth": known.tolist(), "low": rounded(low), "median": rounded(median), "high": rounded(high), "last": rounded(last)}
+    left_out = int((quantity.measured & ~usable).sum())
+    return Figure(
+        name,
+        title,
+        specification,
+        {"spread": [spread], "layers": named(history), "level": [] if level is None else [{"level": level}]},
+        f"{left_out:,} values that are not finite{' or zero' if scale == 'log' else ''} are left out" if left_out else "",
+        f"{title}: the medians over {len(quantity.rows)} steps lie {_range(median)}.",
+    )
 
 
-def _outputs(record: StepRecord) -> list[tuple[Layer, GradientStats]]:
-    rows = record.layers.before_step if record.recorded else ()
-    return [(row.layer, row.output) for row in rows if row.output is not None]
+def _quantiles(quantity: Quantity, usable: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Quantiles over steps of what is usable, [3, D]; NaN for a depth that has nothing."""
+    found = np.full((len(OUTER), quantity.values.shape[1]), np.nan)
+    for depth in np.flatnonzero(usable.any(axis=0)):
+        found[:, depth] = np.quantile(quantity.values[usable[:, depth], depth], OUTER)
+    return found
 
 
-def _with_outputs(records: Sequence[StepRecord]) -> list[StepRecord]:
-    return sorted((record for record in records if _outputs(record)), key=lambda record: record.step)
+def _chosen(recorded: NDArray[np.int64], steps: Sequence[int]) -> list[int]:
+    if not steps:
+        last = len(recorded) - 1
+        return sorted({0, last // 2, last})
+    unknown = [step for step in steps if step not in recorded]
+    if unknown:
+        raise ValueError(f"steps must be recorded ones; got {unknown[0]}, which was not recorded.")
+    return [int(np.flatnonzero(recorded == step)[0]) for step in steps]
 
 
-def _cell(stats: GradientStats) -> tuple[float, int]:
-    """log10 rms and what kind of number the rms is; the first is NaN unless the second is MEASURED."""
-    if stats.nonfinite or not math.isfinite(stats.rms):
-        return math.nan, NOT_FINITE
-    return (math.log10(stats.rms), MEASURED) if stats.rms > 0 else (math.nan, IS_ZERO)
-
-
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """Cells of the heatmap: one row per depth, one column per recorded step or stretch of steps."""
-
-    edges: NDArray[np.float64]
-    values: NDArray[np.float64]
-    kinds: NDArray[np.int8]
-    most: int
-
-
-def _grid(recorded: Sequence[StepRecord]) -> _Grid:
-    import numpy as np
-
-    cells = [[(layer.depth, *_cell(stats)) for layer, stats in _outputs(record)] for record in recorded]
-    values = np.full((1 + max(depth for column in cells for depth, _, _ in column), len(cells)), np.nan)
-    kinds = np.full(values.shape, MISSING, dtype=np.int8)
-    for index, column in enumerate(cells):
-        for depth, value, kind in column:
-            values[depth, index], kinds[depth, index] = value, kind
-    steps = np.array([record.step for record in recorded])
-    groups = stretches(steps)
-    inner = [(steps[left[-1]] + steps[right[0]]) / 2 for left, right in pairwise(groups)]
-    edges = np.array([steps[0] - 0.5, *inner, steps[-1] + 0.5])
-    return _Grid(edges, *_extremes(values, kinds, groups), most=max(map(len, groups)))
-
-
-def _extremes(
-    values: NDArray[np.float64], kinds: NDArray[np.int8], groups: Sequence[NDArray[np.intp]]
-) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
-    """One column per group: not finite wins over zero, zero over the value furthest from the median of its row."""
-    import numpy as np
-
-    finite = [row[np.isfinite(row)] for row in values]
-    middle = np.array([np.median(row) if len(row) else 0.0 for row in finite])
-    distance = np.nan_to_num(abs(values - middle[:, None]))
-    rank = kinds * 1e6 + distance
-    chosen = np.stack([group[rank[:, group].argmax(axis=1)] for group in groups], axis=1)
-    return np.take_along_axis(values, chosen, axis=1), np.take_along_axis(kinds, chosen, axis=1)
-
-
-def _draw_heatmap(axes: Axes, records: Sequence[StepRecord]) -> None:
-    import numpy as np
-
-    recorded = _with_outputs(records)
-    name(axes, "Output gradient by depth and step", "optimizer step", "depth (in call order)")
-    if not recorded:
-        return say(axes, "no recorded step")
-    grid = _grid(recorded)
-    axes.set_facecolor((INK, 0.25))
-    axes.pcolormesh(grid.edges, np.arange(len(grid.values) + 1) - 0.5, _colours(axes, grid), rasterized=True)
-    axes.invert_yaxis()
-    axes.locator_params(integer=True)
-    centres = (grid.edges[:-1] + grid.edges[1:]) / 2
-    mark(axes, centres[(grid.kinds == NOT_FINITE).any(axis=0)], TOP, "x", "NaN or infinite (red)")
-    if (grid.kinds == IS_ZERO).any():
-        axes.plot([], [], "s", color=BLACK, markeredgecolor=INK, label="exactly zero")
-    _mark_onsets(axes, records)
-    return legend(axes, f"each column: the most extreme of up to {grid.most} recorded steps" if grid.most > 1 else "")
-
-
-def _colours(axes: Axes, grid: _Grid) -> NDArray[np.float64]:
-    """One colour per cell; draws the bar that tells what they mean."""
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize, to_rgba
-
-    finite = grid.values[grid.kinds == MEASURED]
-    scale = Normalize(*at_least_a_decade(finite.min(), finite.max()) if len(finite) else (0.0, 1.0))
-    bar = axes.figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, pad=0.02)
-    bar.set_label("log10 rms (loss per output)", color=INK, fontsize="small")
-    bar.ax.tick_params(colors=INK, labelsize="small")
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    colours: NDArray[np.float64] = colormaps["viridis"](scale(np.nan_to_num(grid.values)))
-    for kind, colour in ((MISSING, "none"), (IS_ZERO, BLACK), (NOT_FINITE, ALARM)):
-        colours[grid.kinds == kind] = to_rgba(colour)
-    return colours
-
-
-def _mark_onsets(axes: Axes, records: Sequence[StepRecord]) -> None:
-    found = {(d.step, d.condition, "v") for record in records for d in record.diagnoses if d.confirmed}
-    broken = {(v.step, v.rule, "D") for record in records for v in record.violations}
-    marks = sorted(found | broken)
-    for index, (step, what, marker) in enumerate(marks):
-        label = f"{short(what)} from step {step:,}" if index < LEGEND_MARKS else ""
-        lane, colour = (TOP + 0.03, ORANGE) if marker == "v" else (TOP + 0.06, BLUE)
-        mark(axes, [step], lane, marker, label, color=colour, markersize=5)
-    if len(marks) > LEGEND_MARKS:
-        axes.plot([], [], " ", label=f"and {len(marks) - LEGEND_MARKS} more")
-
-
-def _draw_profile(axes: Axes, records: Sequence[StepRecord]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    recorded = _with_outputs(records)
-    x, y = "depth (in call order)", "log10 rms (loss per output)"
-    name(axes, "Output gradient over depth", x, y)
-    if not recorded:
-        return say(axes, "no recorded step")
-    last = len(recorded) - 1
-    chosen = sorted({0, last // 2, last})
-    for index, look in zip(chosen, ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^")), strict=False):
-        _draw_profile_of(axes, recorded[index], *look)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(*at_least_a_decade(*axes.get_ylim()))
-    axes.grid(axis="y", color=INK, alpha=0.25)
-    return legend(axes)
-
-
-def _draw_profile_of(axes: Axes, record: StepRecord, colour: str, marker: str) -> None:
-    rows = [(row.layer, row.output, row.trunk_rms) for row in record.layers.before_step]
-    cells = [
-        (layer, *_cell(replace(stats, rms=rms))) for layer, stats, rms in rows if stats is not None and rms is not None
-    ]
-    look: dict[str, Any] = {
-        "color": colour,
-        "markersize": 5.5 if len(cells) < 60 else 2.5,
-        "rasterized": len(cells) > 400,
+def _profile(history: History, place: int, logs: NDArray[np.float64]) -> dict[str, Any]:
+    """A row of the table ``profiles``: the depths, their log10 rms, and where the fit puts them."""
+    fit = history.fits.get(place)
+    slope = f"{fit.slope:+.3g} decades per layer back" if fit else "no fit"
+    line = _fitted_line(history, fit) if fit else {}
+    step = int(history.steps[place])
+    return {
+        "step": step,
+        "label": f"step {step:,}: {slope}",
+        "depth": list(range(len(logs))),
+        "log10": rounded(logs),
+        "fitted": [layer.trunk for layer in history.layers],
+        "line": [line.get(depth) for depth in range(len(logs))],
     }
-    for trunk, fill in ((True, "full"), (False, "none")):
-        points = [(layer.depth, value) for layer, value, kind in cells if kind == MEASURED and layer.trunk is trunk]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, fillstyle=fill, **look)
-    for kind, edge, sign in ((NOT_FINITE, TOP, "x"), (IS_ZERO, BOTTOM, "v")):
-        mark(axes, [layer.depth for layer, _, found in cells if found == kind], edge, sign, "", color=colour)
-    line = _fitted_line([(layer, stats.numel) for layer, stats, _ in rows if stats and layer.trunk], record.fit)
-    label = f"step {record.step:,}: "
-    label += f"{record.fit.slope:+.3g} decades per layer back" if record.fit else "no fit"
-    axes.plot(*zip(*line, strict=True), "--", color=colour)
-    axes.plot([], [], "--", marker=marker, color=colour, label=label)
 
 
-def _fitted_line(trunk: Sequence[tuple[Layer, int]], fit: DepthFit | None) -> list[tuple[int, float]]:
+def _fitted_line(history: History, fit: DepthFit) -> dict[int, float]:
     """Where the fit, a line through norms, puts the rms of the trunk's layers; straight where they are equally wide."""
-    if fit is None:
-        return [(0, math.nan)]
-    places = zip(trunk, steps_back([layer for layer, _ in trunk]), strict=True)
-    line = [
-        (layer.depth, fit.intercept + fit.slope * place - math.log10(numel) / 2)
-        for (layer, numel), place in places
-        if numel
+    trunk = [depth for depth, layer in enumerate(history.layers) if layer.trunk and history.numel[depth]]
+    places = zip(trunk, steps_back([history.layers[depth] for depth in trunk]), strict=True)
+    line = {
+        depth: fit.intercept + fit.slope * place - math.log10(history.numel[depth]) / 2 for depth, place in places
+    }
+    return {depth: float(f"{height:.4g}") for depth, height in line.items() if abs(height) < MOST_DECADES}
+
+
+def _with_kinds(logs: NDArray[np.float64], kinds: NDArray[np.int8]) -> list[float | str | None]:
+    return [
+        value if kind == MEASURED else SPECIAL[kind] for value, kind in zip(rounded(logs), kinds.tolist(), strict=True)
     ]
-    return [(depth, height) for depth, height in line if abs(height) < MOST_DECADES] or [(0, math.nan)]
 
 
-def _draw_norms(axes: Axes, records: Sequence[StepRecord]) -> None:
-    import numpy as np
-
-    order = sorted(records, key=lambda record: record.step)
-    p = f"{order[-1].clip.norm_type:g}" if order else "2"
-    name(axes, "Total gradient norm", "optimizer step", f"norm, p = {p} (loss per parameter)")
-    if not order:
-        return say(axes, "no step")
-    steps = np.array([record.step for record in order])
-    before = np.array([record.clip.total_norm for record in order])
-    kept = extremes(steps, before, np.array([record.clip.total_norm_after for record in order]))
-    _draw_lines(axes, [order[index] for index in kept])
-    mark(axes, steps[~np.isfinite(before)], TOP, "x", "NaN or infinite")
-    mark(axes, steps[before == 0], BOTTOM, "v", "exactly zero", color=BLUE)
-    mark(axes, steps[[record.skipped for record in order]], BOTTOM, "s", "step skipped", markersize=4)
-    drawn = f"{len(kept):,} of {len(order):,} steps drawn, extremes kept"
-    return legend(axes, drawn if len(kept) < len(order) else "")
+def _onsets(found: Iterable[Finding]) -> list[dict[str, Any]]:
+    ordered = sorted({(one.step, _called(one)) for one in found if isinstance(one, Violation) or one.confirmed})
+    return [{"step": step, "what": f"{what} from step {step:,}"} for step, what in ordered[:MARKED]]
 
 
-def _draw_lines(axes: Axes, records: Sequence[StepRecord]) -> None:
-    """Norm before, norm after and threshold; one line where nothing is clipped."""
-    clips = [record.clip for record in records]
-    steps = [record.step for record in records]
-    dots: dict[str, Any] = {"marker": ".", "markersize": 4} if len(records) < 60 else {}
-    clipping = any(clip.rule != "none" for clip in clips)
-    label = "before clipping" if clipping else "norm, not clipped"
-    axes.set_yscale("log")
-    axes.plot(steps, [_drawable(clip.total_norm) for clip in clips], color=BLUE, label=label, **dots)
-    if clipping:
-        after = [_drawable(clip.total_norm_after) for clip in clips]
-        axes.plot(steps, after, color=ORANGE, linewidth=1, label="after clipping", **dots)
-        thresholds = [None if clip.rule == "value" else clip.threshold for clip in clips]  # one element's is no norm
-        if any(_drawable(threshold) > 0 for threshold in thresholds):
-            axes.plot(steps, [_drawable(threshold) for threshold in thresholds], "--", color=INK, label="threshold")
-    _ticks(axes)
-    axes.grid(axis="y", color=INK, alpha=0.25)
+def _finding(one: Finding, last: int) -> dict[str, Any]:
+    if isinstance(one, Violation):
+        times = f", {one.count:,} times" if one.count > 1 else ""
+        severity, end, when = specifications.SEVERITIES[-1], None, f"first at step {one.step:,}{times}"
+    else:
+        severity = SEVERITY_NAMES[one.severity]
+        end = (last if one.cleared is None else one.cleared) + 0.5
+        when = f"since step {one.step:,}" if one.cleared is None else f"steps {one.step:,}–{one.cleared:,}"
+    start = float(one.step) if end is None else one.step - 0.5
+    return {"what": _called(one), "severity": severity, "start": start, "end": end, "when": when}
 
 
-def _drawable(value: float | None) -> float:
+def _called(one: Finding) -> str:
+    return one.rule if isinstance(one, Violation) else one.condition
+
+
+def _stretch(steps: NDArray[np.int64]) -> str:
+    return f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,}–{steps[-1]:,}"
+
+
+def _merged(steps: int, depths: int) -> str:
+    """What a cell of a thinned heatmap stands for; nothing to say of one that is not thinned."""
+    parts = [f"{steps} recorded steps"] * (steps > 1) + [f"{depths} layers"] * (depths > 1)
+    return f"each cell: the most extreme of up to {' and '.join(parts)}" if parts else ""
+
+
+def _drawable(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """A gap for zero, NaN and infinity; further out an axis has no room for its ticks."""
-    return min(max(value, 1e-150), 1e150) if value is not None and 0 < value < math.inf else math.nan
+    usable = np.isfinite(values) & (values > 0)
+    return np.where(usable, np.clip(np.where(usable, values, 1.0), 1e-150, 1e150), np.nan)
 
 
-def _ticks(axes: Axes) -> None:
-    """Plain numbers on a logarithmic axis, enough of them on one that spans little."""
-    from matplotlib.ticker import LogLocator, NullLocator
+def _lonely(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which points a line would not show, between two gaps; all of a short series."""
+    gap = ~np.isfinite(values)
+    if len(values) <= DOTTED:
+        return ~gap
+    return ~gap & np.append(True, gap[:-1]) & np.append(gap[1:], True)
 
-    low, high = at_least_a_decade(*(math.log10(limit) for limit in axes.get_ylim()))
-    axes.set_ylim(10**low, 10**high)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low < 2.5 else (1,)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
+
+def _frame(field: str, heights: NDArray[np.float64], base: float | None = None) -> list[dict[str, float]]:
+    """The limits of an axis of log10 values: the data and a little air, a decade at least."""
+    finite = heights[np.isfinite(heights)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (-0.5, 0.5)
+    wider = max(0.04 * (high - low), (1.0 - (high - low)) / 2)
+    limits = (low - wider, high + wider)
+    return [{field: float(f"{limit if base is None else base**limit:.4g}")} for limit in limits]
+
+
+def _few(steps: NDArray[np.int64], columns: int) -> list[int]:
+    """One step of each stretch: marks of more would cover each other."""
+    return [int(steps[group[0]]) for group in stretches(steps, columns)]
+
+
+def _said_of_edges(edges: Sequence[Mapping[str, Any]], field: str, unit: str) -> list[str]:
+    counts: dict[str, int] = {}
+    for edge in edges:
+        counts[edge["what"]] = counts.get(edge["what"], 0) + len(edge[field])
+    return [_said(what, count, unit) for what, count in counts.items()]
+
+
+def _said(what: str, count: int, unit: str) -> str:
+    where = {
+        specifications.NOT_FINITE: "crosses on the upper edge",
+        specifications.IS_ZERO: "triangles on the lower edge",
+        specifications.SKIPPED: "squares on the lower edge",
+    }[what]
+    return f"{where}: {what} ({count:,} {unit if count > 1 else unit[:-1]})"
+
+
+def _range(values: NDArray[np.float64]) -> str:
+    finite = values[np.isfinite(values)]
+    return f"between {finite.min():.3g} and {finite.max():.3g}" if len(finite) else "nowhere finite"
+
+
+def _floats(values: Iterable[float | None]) -> NDArray[np.float64]:
+    return np.array([math.nan if value is None else value for value in values])
+
+
+def _nothing(name: str, title: str, specification: dict[str, Any], tables: Iterable[str]) -> Figure:
+    return Figure(name, title, specification, {table: [] for table in tables}, "no recorded step", f"{title}: no recorded step.")
