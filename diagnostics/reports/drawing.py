@@ -8,9 +8,10 @@ mark is told by its colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ class Figure:
         data: Named tables of plain numbers and text, as the specification wants them.
         note: What the reader has to know about these data: that they are thinned, that something is missing.
         words: The same as the picture in a sentence, for who cannot see it.
+        height: In points, where it depends on the data; the specification's if None.
 
     Example:
         >>> bars = {"data": {"name": "bars"}, "mark": "bar", "encoding": {"x": {"field": "size", "type": "quantitative"}}}
@@ -103,6 +105,7 @@ class Figure:
     data: Data = field(repr=False)
     note: str = ""
     words: str = ""
+    height: int | None = None
 
     def full(self, width: float | None = None, ink: str = INK) -> Specification:
         """The whole Vega-Lite specification, data included, for other tools that draw it.
@@ -158,7 +161,9 @@ class Figure:
     def _view(self, width: float | None) -> Specification:
         """The view with its data and title, as it can also stand in a grid."""
         title = {"title": {"text": self.title, **({"subtitle": _wrapped(self.note)} if self.note else {})}}
-        size = {} if width is None else {"width": width, "autosize": {"type": "fit", "contains": "padding"}}
+        size: Specification = {} if self.height is None else {"height": self.height}
+        if width is not None:
+            size |= {"width": width, "autosize": {"type": "fit-x", "contains": "padding"}}
         return {**(title if self.title else {}), **with_data(self.specification, self.data), **size}
 
 
@@ -176,6 +181,33 @@ def grid(name: str, rows: Sequence[tuple[str, Sequence[Figure]]]) -> Figure:
         lines.append({**line, "title": {"text": heading, "fontSize": 14}} if heading else line)
     words = " ".join(one.words for _, figures in rows for one in figures)
     return Figure(name, "", {"vconcat": lines, "resolve": apart} if len(lines) > 1 else lines[0], {}, words=words)
+
+
+def write_figures(figures: Iterable[Figure], folder: str | Path, width_cm: float = 8.5) -> list[Path]:
+    """Writes each figure as PDF, SVG and PNG at the width of a paper's column.
+
+    Args:
+        figures: Of one name each, else a number is added.
+        folder: Made if it is not there; files of the same names are replaced.
+        width_cm: Width of each figure.
+
+    Returns:
+        The files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    taken: set[str] = set()
+    for figure in figures:
+        name = next(name for name in _names(figure.name) if name not in taken)
+        taken.add(name)
+        written += [figure.save(folder / f"{name}.{ending}", width_cm) for ending in FORMATS]
+    return written
+
+
+def _names(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in count(2))
 
 
 def with_data(part: Any, data: Data) -> Any:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from diagnostics.reports.history import History, Quantity
 from diagnostics.reports.thinning import COLUMNS, IS_ZERO, MEASURED, MISSING, NOT_FINITE, ROWS, cells, extremes, merge, stretches
+from diagnostics.reports.whatif import WhatIf
 
 Finding = Diagnosis | Violation
 
@@ -50,7 +51,7 @@ def heatmap(history: History, findings: Iterable[Finding] = (), columns: int = C
     quantity = history.by_layer.get("output.rms")
     name, title = "heatmap", "Output gradient by depth and step"
     if quantity is None:
-        return _nothing(name, title, specifications.heatmap(), ("columns", "layers", "onsets"))
+        return _nothing(name, title, ("columns", "layers", "onsets"))
     steps, depths = history.steps[quantity.rows], len(history.layers)
     logs, kinds = cells(quantity.values, quantity.measured)
     broken = int((kinds == NOT_FINITE).sum())
@@ -68,7 +69,7 @@ def heatmap(history: History, findings: Iterable[Finding] = (), columns: int = C
     return Figure(
         name,
         title,
-        specifications.heatmap(),
+        specifications.BY_NAME["heatmap"],
         {"columns": table, "layers": named(history), "onsets": _onsets(findings)},
         _merged(max(map(len, groups)), per),
         f"Heatmap of the output gradient's rms over {depths} depths and {len(steps)} recorded steps: "
@@ -94,9 +95,8 @@ def depth_profile(history: History, steps: Sequence[int] = ()) -> Figure:
     """
     quantity = history.by_layer.get("trunk_rms")
     name, title = "depth_profile", "Output gradient over depth"
-    tables = ("profiles", "layers", "edges", "frame")
     if quantity is None:
-        return _nothing(name, title, specifications.depth_profile(), tables)
+        return _nothing(name, title, ("profiles", "layers", "edges", "frame"))
     logs, kinds = cells(quantity.values, quantity.measured)
     chosen = _chosen(history.steps[quantity.rows], steps)
     profiles = [_profile(history, int(quantity.rows[row]), logs[row]) for row in chosen]
@@ -106,14 +106,14 @@ def depth_profile(history: History, steps: Sequence[int] = ()) -> Figure:
         for kind in (NOT_FINITE, IS_ZERO)
         if (kinds[row] == kind).any()
     ]
-    heights = np.concatenate([logs[chosen].ravel(), *(_floats(one["line"]) for one in profiles)])
+    heights = np.concatenate([logs[chosen].ravel(), *(floats(one["line"]) for one in profiles)])
     hollow = any(not layer.trunk for layer in history.layers)
     notes = ["hollow points: recorded, not fitted"] if hollow else []
     return Figure(
         name,
         title,
-        specifications.depth_profile(),
-        {"profiles": profiles, "layers": named(history), "edges": edges, "frame": _frame("log10", heights)},
+        specifications.BY_NAME["depth_profile"],
+        {"profiles": profiles, "layers": named(history), "edges": edges, "frame": axis_frame("log10", heights)},
         "; ".join([*notes, *_said_of_edges(edges, "depth", "depths")]),
         "Output gradient over depth at " + ", ".join(one["label"] for one in profiles) + ".",
     )
@@ -159,8 +159,8 @@ def norms(history: History, columns: int = COLUMNS) -> Figure:
     return Figure(
         "norms",
         f"Total gradient norm, p = {history.norm_type:g}",
-        specifications.norms(),
-        {"series": series, "dots": dots, "edges": edges, "frame": _frame("norm", heights, base=10)},
+        specifications.BY_NAME["norms"],
+        {"series": series, "dots": dots, "edges": edges, "frame": axis_frame("norm", heights, base=10)},
         "; ".join([*thinned, *(_said(what, int(where.sum()), "steps") for what, where in marks.items() if where.any())]),
         f"Total gradient norm over {len(before)} steps: {_range(finite)} before clipping; "
         f"{int(history.applied.sum())} steps were clipped.",
@@ -189,7 +189,7 @@ def clipping(history: History, columns: int = 40) -> Figure:
     return Figure(
         "clipping",
         "Steps that were clipped",
-        specifications.clipping(),
+        specifications.BY_NAME["clipping"],
         {"stretches": [table], "so_far": [{"step": history.steps[ends].tolist(), "share": rounded(so_far[ends])}]},
         words=f"{int(history.applied.sum())} of {len(history.applied)} steps were clipped.",
     )
@@ -197,17 +197,17 @@ def clipping(history: History, columns: int = 40) -> Figure:
 
 def gain(history: History) -> Figure:
     """The local gain of each layer: what passing back through it makes of the gradient's norm; 1 keeps it."""
-    return _by_depth(history, "gain", "Gain of each layer", "gradient norm, input / output", "log", 1.0)
+    return _by_depth(history, "gain", "Gain of each layer", level=1.0)
 
 
 def update_ratio(history: History) -> Figure:
     """How far a step moves each layer's weights relative to their size."""
-    return _by_depth(history, "update_ratio", "Update / weight", "‖update‖ / ‖weight‖", "log")
+    return _by_depth(history, "update_ratio", "Update / weight")
 
 
 def share(history: History) -> Figure:
     """Each layer's share of the total norm, raised to the power p so that shares sum to one."""
-    return _by_depth(history, "share", "Share of the total norm", f"share of norm ** {history.norm_type:g}", "linear", form=".0%")
+    return _by_depth(history, "share", "Share of the total norm", positive=False)
 
 
 def findings(history: History, found: Iterable[Finding]) -> Figure:
@@ -225,7 +225,41 @@ def findings(history: History, found: Iterable[Finding]) -> Figure:
     table.sort(key=lambda row: row["start"])
     said = ", ".join(f"{row['what']} ({row['when']})" for row in table) or "nothing"
     return Figure(
-        "findings", "What was found, and when", specifications.findings(), {"findings": table}, words=f"Found: {said}."
+        "findings",
+        "What was found, and when",
+        specifications.BY_NAME["findings"],
+        {"findings": table},
+        words=f"Found: {said}.",
+        height=24 * len({row["what"] for row in table}) or 24,
+    )
+
+
+def what_if(found: Sequence[WhatIf]) -> Figure:
+    """The share of steps that each max_norm would have clipped.
+
+    Args:
+        found: As :func:`diagnostics.reports.whatif.what_if` returns them.
+
+    Returns:
+        The figure.
+    """
+    table = [
+        {
+            "norm": f"p = {one.norm_type:g}",
+            "max_norm": [float(f"{candidate.max_norm:.4g}") for candidate in one.candidates],
+            "clipped": [float(f"{candidate.clipped:.4g}") for candidate in one.candidates],
+            "coefficient": rounded(floats(candidate.coefficient for candidate in one.candidates)),
+        }
+        for one in found
+    ]
+    current = [{"max_norm": tried.max_norm} for one in found for tried in one.candidates if tried.current]
+    said = f"The share of steps that would have been clipped, for {sum(len(one.candidates) for one in found)} thresholds."
+    return Figure(
+        "what_if",
+        "What another max_norm would have clipped",
+        specifications.BY_NAME["what_if"],
+        {"norms": table, "current": current},
+        words=said,
     )
 
 
@@ -243,7 +277,34 @@ def overview(histories: Mapping[str, History], found: Mapping[str, Sequence[Find
         (name if len(histories) > 1 else "", [heatmap(one, (found or {}).get(name, ())), depth_profile(one), norms(one)])
         for name, one in histories.items()
     ]
-    return grid("overview", rows or [("", [_nothing("overview", "Overview", {"mark": "point"}, ())])])
+    return grid("overview", rows or [("", [_nothing("norms", "Overview", ("series", "dots", "edges", "frame"))])])
+
+
+def of_history(
+    history: History, found: Sequence[Finding], answers: Sequence[WhatIf], columns: int = COLUMNS
+) -> list[Figure]:
+    """Every figure of one optimizer that has something to show.
+
+    Args:
+        history: The steps of one optimizer.
+        found: Diagnoses and violations.
+        answers: What other thresholds would have done.
+        columns: At most so many columns in figures over steps.
+    """
+    layers = [
+        draw(history)
+        for name, draw in (("gain", gain), ("share", share), ("update_ratio", update_ratio))
+        if name in history.by_layer
+    ]
+    return [
+        heatmap(history, found, columns),
+        depth_profile(history),
+        norms(history, columns),
+        *([findings(history, found)] if found else []),
+        *([clipping(history, min(columns, 40))] if history.rule != "none" else []),
+        *layers,
+        *([what_if(answers)] if any(one.candidates for one in answers) else []),
+    ]
 
 
 def named(history: History) -> list[dict[str, Any]]:
@@ -262,13 +323,12 @@ def rounded(values: NDArray[Any]) -> list[float | None]:
 
 
 def _by_depth(
-    history: History, name: str, title: str, y: str, scale: str, level: float | None = None, form: str = "~g"
+    history: History, name: str, title: str, *, positive: bool = True, level: float | None = None
 ) -> Figure:
     quantity = history.by_layer.get(name)
-    specification = specifications.by_depth(y, scale, form)
     if quantity is None:
-        return _nothing(name, title, specification, ("spread", "layers", "level"))
-    usable = np.isfinite(quantity.values) & quantity.measured & ((quantity.values > 0) | (scale != "log"))
+        return _nothing(name, title, ("spread", "layers", "level"))
+    usable = np.isfinite(quantity.values) & quantity.measured & ((quantity.values > 0) | (not positive))
     known = np.flatnonzero(usable.any(axis=0))
     low, median, high = _quantiles(quantity, usable)[:, known]
     last = np.where(usable[-1], quantity.values[-1], np.nan)[known]
@@ -277,9 +337,9 @@ def _by_depth(
     return Figure(
         name,
         title,
-        specification,
+        specifications.BY_NAME[name],
         {"spread": [spread], "layers": named(history), "level": [] if level is None else [{"level": level}]},
-        f"{left_out:,} values that are not finite{' or zero' if scale == 'log' else ''} are left out" if left_out else "",
+        f"{left_out:,} values that are not finite{' or zero' if positive else ''} are left out" if left_out else "",
         f"{title}: the medians over {len(quantity.rows)} steps lie {_range(median)}.",
     )
 
@@ -379,7 +439,7 @@ def _lonely(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     return ~gap & np.append(True, gap[:-1]) & np.append(gap[1:], True)
 
 
-def _frame(field: str, heights: NDArray[np.float64], base: float | None = None) -> list[dict[str, float]]:
+def axis_frame(field: str, heights: NDArray[np.float64], base: float | None = None) -> list[dict[str, float]]:
     """The limits of an axis of log10 values: the data and a little air, a decade at least."""
     finite = heights[np.isfinite(heights)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (-0.5, 0.5)
@@ -414,9 +474,10 @@ def _range(values: NDArray[np.float64]) -> str:
     return f"between {finite.min():.3g} and {finite.max():.3g}" if len(finite) else "nowhere finite"
 
 
-def _floats(values: Iterable[float | None]) -> NDArray[np.float64]:
+def floats(values: Iterable[float | None]) -> NDArray[np.float64]:
     return np.array([math.nan if value is None else value for value in values])
 
 
-def _nothing(name: str, title: str, specification: dict[str, Any], tables: Iterable[str]) -> Figure:
-    return Figure(name, title, specification, {table: [] for table in tables}, "no recorded step", f"{title}: no recorded step.")
+def _nothing(name: str, title: str, tables: Iterable[str]) -> Figure:
+    empty: dict[str, list[Any]] = {table: [] for table in tables}
+    return Figure(name, title, specifications.BY_NAME[name], empty, "no recorded step", f"{title}: no recorded step.")

@@ -89,7 +89,7 @@ def depth_profile() -> Specification:
             "x": _quantity("depth", DEPTH, tickMinStep=1, zero=False, nice=False, padding=8),
         },
         "layer": [
-            _frame("log10", RMS),
+            _frame("log10", RMS, zero=False),
             {
                 "data": {"name": "profiles"},
                 "transform": [_flatten("depth", "log10", "fitted", "line"), *_named_layers()],
@@ -120,9 +120,7 @@ def depth_profile() -> Specification:
 
 def by_depth(title: str, scale: str, reading: str = "~g") -> Specification:
     """One number of each layer: the run's median, its spread, and the last step. Tables: ``spread``, ``layers``, ``level``."""
-    y = _quantity("median", title, format=reading, type=scale, zero=False, nice=scale != "log")
-    if scale == "linear":
-        y["scale"].pop("zero")
+    y = _quantity("median", title, format=reading, type=scale, nice=scale != "log")
     names = ["where the middle 80 % of the steps lie", "median", "last recorded step"]
     told = [_told("layer", "layer"), *(_told(name, name) for name in ("low", "median", "high", "last"))]
     return {
@@ -226,8 +224,7 @@ def findings() -> Specification:
     """Diagnoses from onset to clearing and broken rules, on the time line. Tables: ``findings``."""
     severity = {"domain": list(SEVERITIES), "range": list(SEVERITY_COLOURS)}
     return {
-        "width": WIDTH,
-        "height": {"step": 24},
+        **_size(),
         "data": {"name": "findings"},
         "encoding": {
             "y": {"field": "what", "type": "nominal", "sort": None, "axis": {"title": None, "labelLimit": 150}},
@@ -260,7 +257,7 @@ def overlay(*, relative: bool) -> Specification:
             "tooltip": [_told("run", "run"), _told("depth", "depth"), *(_told(one, one) for one in ("low", "median", "high"))],
         },
         "layer": [
-            _frame("log10", RMS),
+            _frame("log10", RMS, zero=False),
             {
                 "data": {"name": "runs"},
                 "transform": [_flatten("depth", "relative", "low", "median", "high")],
@@ -276,6 +273,71 @@ def overlay(*, relative: bool) -> Specification:
                             "y": _y("median"),
                             "color": _category("run", {"range": list(SERIES)}, sort=None),
                             "shape": _category("run", {"range": list(SHAPES)}, sort=None),
+                        },
+                    },
+                ],
+            },
+        ],
+    }
+
+
+def differences() -> Specification:
+    """Decades between two profiles. Tables: ``differences``."""
+    return {
+        **_size(height=170),
+        "layer": [
+            {"mark": {"type": "rule", "strokeDash": [2, 3]}, "data": {"values": [{}]}, "encoding": {"y": {"datum": 0}}},
+            {
+                "data": {"name": "differences"},
+                "transform": [_flatten("relative", "decades")],
+                "encoding": {
+                    "x": _quantity("relative", RELATIVE, zero=False, nice=False, padding=8),
+                    "y": _quantity("decades", "decades above the first"),
+                },
+                "layer": [
+                    {"mark": "line", "encoding": {"stroke": _unlisted("side", SERIES[1:])}},
+                    {
+                        "mark": {"type": "point", "filled": True, "size": 36, "opacity": 1},
+                        "encoding": {
+                            "color": _category("side", {"range": list(SERIES[1:])}, sort=None),
+                            "shape": _category("side", {"range": list(SHAPES[1:])}, sort=None),
+                            "tooltip": [_told("side", "runs"), _told("relative", "depth"), _told("decades", "decades")],
+                        },
+                    },
+                ],
+            },
+        ],
+    }
+
+
+def what_if() -> Specification:
+    """Share of steps that each max_norm would have clipped. Tables: ``norms``, ``current``."""
+    return {
+        **_size(height=170),
+        "encoding": {"x": _quantity("max_norm", "max_norm (loss per parameter)", type="log", format="~g", nice=False)},
+        "layer": [
+            {"data": {"name": "current"}, "mark": {"type": "rule", "strokeDash": [5, 3]}},
+            {
+                "data": {"name": "current"},
+                "mark": {"type": "text", "align": "left", "baseline": "top", "dx": 4, "text": "this run"},
+                "encoding": {"y": {"value": 0}},
+            },
+            {
+                "data": {"name": "norms"},
+                "transform": [_flatten("max_norm", "clipped", "coefficient")],
+                "encoding": {"y": _quantity("clipped", "share of steps clipped", format=".0%", domain=[0, 1])},
+                "layer": [
+                    {"mark": "line", "encoding": {"stroke": _unlisted("norm")}},
+                    {
+                        "mark": {"type": "point", "filled": True, "size": 36, "opacity": 1},
+                        "encoding": {
+                            "color": _category("norm", {"range": list(SERIES)}, sort=None),
+                            "shape": _category("norm", {"range": list(SHAPES)}, sort=None),
+                            "tooltip": [
+                                _told("max_norm", "max_norm"),
+                                _told("clipped", "clipped", ".1%"),
+                                _told("coefficient", "median coefficient"),
+                            ],
                         },
                     },
                 ],
@@ -347,8 +409,8 @@ def _frame(field: str, title: str, **options: Any) -> Specification:
         "data": {"name": "frame"},
         "mark": {"type": "point", "opacity": 0, "tooltip": None},
         "encoding": {
-            "x": {"field": "x", "type": "quantitative"},
-            "y": _quantity(field, title, zero=False, nice=False, **options),
+            "x": {"value": 0},
+            "y": _quantity(field, title, nice=False, **options),
             "tooltip": None,
         },
     }
@@ -371,3 +433,20 @@ def _edges(place: str) -> list[Specification]:
         }
         for what, y, shape, colour in marks
     ]
+
+
+BY_NAME: dict[str, Specification] = {
+    "heatmap": heatmap(),
+    "depth_profile": depth_profile(),
+    "gain": by_depth("gradient norm, input / output", "log"),
+    "update_ratio": by_depth("‖update‖ / ‖weight‖", "log"),
+    "share": by_depth("share of (total norm) ** p", "linear", ".0%"),
+    "norms": norms(),
+    "clipping": clipping(),
+    "findings": findings(),
+    "what_if": what_if(),
+    "overlay": overlay(relative=False),
+    "overlay_relative": overlay(relative=True),
+    "differences": differences(),
+}
+"""Every kind of figure by its name."""

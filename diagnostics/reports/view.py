@@ -1,15 +1,17 @@
-"""A run → what its page shows, as text and drawings; no HTML.
+"""A run → what its page shows, as plain numbers and text; no HTML.
 
-:func:`describe` is the only way from records to a page. What it returns holds plain text that the template escapes, and
-SVG of our own making.
+:func:`describe` is the only way from a run log to a page. What it returns is ready for JSON: numbers have four digits,
+long series are thinned, and every text is somebody else's and is only ever shown as text.
 """
+
+# ruff: noqa: PLC0415 -- the words of a verdict are wanted where there is no numpy
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from diagnostics.diagnosis import State, advance, verdict
 from diagnostics.diagnosis.thresholds import Thresholds
@@ -18,139 +20,87 @@ from diagnostics.records import (
     SEVERITY_NAMES,
     WARNING,
     Diagnosis,
-    GradientStats,
     Remedy,
     RunInfo,
     StepRecord,
     Verdict,
     Violation,
 )
-from diagnostics.reports.drawing import INK, to_svg
-from diagnostics.reports.figures import depth_profile, heatmap, norms
 from diagnostics.runlog import Run
 
+if TYPE_CHECKING:
+    from diagnostics.reports.drawing import Figure
+    from diagnostics.reports.figures import Finding
+    from diagnostics.reports.history import History
+    from diagnostics.reports.whatif import WhatIf
+
 TONES = ("calm", "notice", "warning", "severe", "severe")
-READING = {
-    "heatmap": "One row per layer, one column per recorded step. A gradient that keeps its size has one colour from "
-    "top to bottom; one that vanishes on its way back grows darker towards depth 0.",
-    "profile": "The backward pass runs from right to left. A line that falls towards the left vanishes, one that rises "
-    "towards the left explodes. The line is fitted to norms, so that it bends where layers have other widths. Hollow "
-    "points are recorded but not fitted.",
-    "norms": "The optimizer is given the norm after clipping. A step is clipped where the norm before is above the "
-    "threshold.",
-}
+WIDEST, NARROWEST, ROOM = 160, 40, 25_000
+"""Columns of a heatmap: the most, the fewest, and how many all heatmaps of a page may have together."""
+
+View = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Badge:
-    """A word and its tone; the tone never says what the word does not."""
+def columns_for(runs: int) -> int:
+    """How many columns each heatmap may have where a page holds so many runs.
 
-    word: str
-    tone: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """A name and what it stands for, in words or as code."""
-
-    name: str
-    values: tuple[str, ...]
-    code: bool = False
+    Example:
+        >>> columns_for(1), columns_for(500)
+        (160, 50)
+    """
+    return max(NARROWEST, min(WIDEST, ROOM // max(runs, 1)))
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure: the drawing, the same in words for who cannot see it, and how to read it."""
-
-    svg: str
-    alternative: str
-    caption: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A number of a table, and whether it is NaN or infinite."""
-
-    text: str
-    broken: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One layer of the table by depth; the bar is the share in percent."""
-
-    depth: int
-    name: str
-    kind: str
-    cells: tuple[Cell, ...]
-    share: str
-    bar: float
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """A diagnosis or a violation."""
-
-    title: str
-    when: str
-    tone: str
-    message: str
-    remedies: tuple[Remedy, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one optimizer did."""
-
-    name: str
-    figures: tuple[Picture, ...]
-    clipping: tuple[Fact, ...]
-    table_step: int | None
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Everything that the template shows, as text."""
-
-    name: str
-    badges: tuple[Badge, ...]
-    headline: str
-    ending: str
-    troubles: tuple[Trouble, ...]
-    parts: tuple[Part, ...]
-    facts: tuple[Fact, ...]
-
-
-def describe(run: Run) -> Page:
+def describe(run: Run, columns: int = WIDEST) -> View:
     """What the page of a run shows.
 
     Args:
         run: As ``read_run`` returns it; it may have crashed, be going on, or hold no step.
+        columns: At most so many columns and stretches in each figure over steps.
 
     Returns:
-        The view, figures included.
+        Text, numbers, lists and dictionaries.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: numpy is not installed.
 
     Example:
         >>> from pathlib import Path
-        >>> describe(Run(None, (), (), None, Path("mlp/run.jsonl"))).badges
-        (Badge(word='unknown', tone='unknown'), Badge(word='no end', tone='unknown'))
+        >>> describe(Run(None, (), (), None, Path("mlp/run.jsonl")))["badges"]
+        [['unknown', 'unknown'], ['no end', 'unknown']]
     """
+    from diagnostics.reports.drawing import figures_extra
+
+    with figures_extra():
+        from diagnostics.reports.history import histories
+        from diagnostics.reports.overlays import last_profile
+
     info = run.info or RunInfo(name=run.path.parent.name or "run")
     judgement = judge(run)
-    optimizers = list(dict.fromkeys(record.optimizer for record in run.records)) or [""]
-    return Page(
-        name=info.name,
-        badges=tuple(_badges(judgement, run)),
-        headline=_sentence(judgement.text),
-        ending=_ending(run),
-        troubles=tuple(_troubles(run, judgement)),
-        parts=tuple(_part(name, [record for record in run.records if record.optimizer == name]) for name in optimizers),
-        facts=tuple(_facts(info, run)),
-    )
+    apart = histories(run.records)
+    found = {name: findings_of(run, name) for name in apart}
+    return {
+        "name": info.name,
+        "badges": list(_badges(judgement, run)),
+        "headline": _sentence(judgement.text),
+        "ending": _ending(run),
+        "troubles": list(_troubles(run, judgement)),
+        "parts": [_part(one, found[name], columns) for name, one in apart.items()],
+        "facts": list(_facts(info, run)),
+        "profile": next((last_profile(one) for one in apart.values()), []),
+    }
+
+
+def findings_of(run: Run, optimizer: str) -> list[Finding]:
+    """Diagnoses and violations that the records of one optimizer carry, each in its last state."""
+    diagnoses: dict[tuple[str, int], Diagnosis] = {}
+    violations: dict[tuple[str, tuple[str, ...]], Violation] = {}
+    for record in run.records:
+        if record.optimizer == optimizer:
+            diagnoses |= {(one.condition, one.step): one for one in record.diagnoses}
+            for one in record.violations:
+                violations.setdefault((one.rule, one.parameters), one)
+    return [*(one for one in diagnoses.values() if one.confirmed), *violations.values()]
 
 
 def number(value: float | None) -> str:
@@ -185,18 +135,27 @@ def judge(run: Run) -> Verdict:
     return verdict(state, run.violations)
 
 
-def _badges(judgement: Verdict, run: Run) -> Iterator[Badge]:
-    """The verdict, never calm while a rule of the loop is broken, and how the run ended if not well."""
-    if judgement.severity:
-        yield Badge(_named(judgement.condition, judgement.severity), TONES[judgement.severity])
-    elif run.violations:
-        yield Badge(f"unlawful loop · {SEVERITY_NAMES[WARNING]}", TONES[WARNING])
-    else:
-        yield Badge(judgement.condition, "calm" if judgement.condition == "healthy" else "unknown")
+def badge(condition: str, severity: int, *, unlawful: bool) -> tuple[str, str]:
+    """A verdict as a word and its tone, never calm while a rule of the loop is broken.
+
+    Example:
+        >>> badge("vanishing", 3, unlawful=False), badge("healthy", 0, unlawful=True)
+        (('vanishing · severe', 'severe'), ('unlawful loop · warning', 'warning'))
+    """
+    if severity:
+        return _named(condition, severity), TONES[severity]
+    if unlawful:
+        return f"unlawful loop · {SEVERITY_NAMES[WARNING]}", TONES[WARNING]
+    return condition, "calm" if condition == "healthy" else "unknown"
+
+
+def _badges(judgement: Verdict, run: Run) -> Iterator[list[str]]:
+    """The verdict, and how the run ended if not well."""
+    yield list(badge(judgement.condition, judgement.severity, unlawful=bool(run.violations)))
     if run.end is None:
-        yield Badge("no end", "unknown")
+        yield ["no end", "unknown"]
     elif run.end.status != "finished":
-        yield Badge(run.end.status, "severe" if run.end.status == "failed" else "unknown")
+        yield [run.end.status, "severe" if run.end.status == "failed" else "unknown"]
 
 
 def _named(condition: str, severity: int) -> str:
@@ -213,7 +172,7 @@ def _ending(run: Run) -> str:
     return f"{run.end.status.capitalize()}{when} after {run.end.steps:,} steps{error}"
 
 
-def _troubles(run: Run, judgement: Verdict) -> Iterator[Trouble]:
+def _troubles(run: Run, judgement: Verdict) -> Iterator[View]:
     """What stands, worst first, then broken rules, then what cleared; what was never confirmed only if it is judged."""
     standing = [diagnosis for diagnosis in run.diagnoses if diagnosis.cleared is None]
     for diagnosis in sorted(standing, key=lambda diagnosis: -diagnosis.severity):
@@ -226,10 +185,21 @@ def _troubles(run: Run, judgement: Verdict) -> Iterator[Trouble]:
             yield _diagnosis(diagnosis, f"steps {diagnosis.step:,}–{diagnosis.cleared:,}, cleared", "calm")
 
 
-def _diagnosis(diagnosis: Diagnosis, when: str, tone: str) -> Trouble:
+def _diagnosis(diagnosis: Diagnosis, when: str, tone: str) -> View:
     where = "" if diagnosis.depth is None else f", worst at depth {diagnosis.depth}"
     name = _named(diagnosis.condition, diagnosis.severity)
-    return Trouble(name, when + where, tone, _sentence(diagnosis.message), diagnosis.remedies)
+    return _trouble(name, when + where, tone, _sentence(diagnosis.message), diagnosis.remedies)
+
+
+def _violation(violation: Violation) -> View:
+    times = f", {violation.count:,} times" if violation.count > 1 else ""
+    when = f"first at step {violation.step:,}{times}"
+    return _trouble(violation.rule, when, TONES[WARNING], violation.message, (Remedy(violation.remedy),))
+
+
+def _trouble(title: str, when: str, tone: str, message: str, remedies: Iterable[Remedy]) -> View:
+    tries = [{"text": one.text, "override": one.override} for one in remedies]
+    return {"title": title, "when": when, "tone": tone, "message": message, "remedies": tries}
 
 
 def _date(iso: str) -> str:
@@ -240,134 +210,132 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _violation(violation: Violation) -> Trouble:
-    times = f", {violation.count:,} times" if violation.count > 1 else ""
-    when = f"first at step {violation.step:,}{times}"
-    return Trouble(violation.rule, when, TONES[WARNING], violation.message, (Remedy(violation.remedy),))
+def _part(history: History, found: Sequence[Finding], columns: int) -> View:
+    """What one optimizer did."""
+    from diagnostics.reports.figures import named, of_history
+    from diagnostics.reports.whatif import what_if
+
+    answers = what_if(history)
+    return {
+        "name": history.optimizer,
+        "figures": [drawn(one) for one in of_history(history, found, answers, columns)],
+        "layers": named(history),
+        "clipping": list(_clipping(history)),
+        "table": _table(history),
+        "what_if": [_answer(one) for one in answers],
+    }
 
 
-def _part(name: str, records: Sequence[StepRecord]) -> Part:
-    recorded = [record for record in records if record.recorded and len(record.layers)]
-    rows = tuple(_rows(recorded[-1])) if recorded else ()
-    return Part(name, _figures(name, records), tuple(_clipping(records)), recorded[-1].step if recorded else None, rows)
+def drawn(figure: Figure) -> View:
+    """A figure without its specification, which the page has once for all runs, and without the names of layers."""
+    data = {name: table for name, table in figure.data.items() if name != "layers"}
+    return {
+        "kind": figure.name,
+        "title": figure.title,
+        "data": data,
+        "note": figure.note,
+        "words": figure.words,
+        "height": figure.height,
+    }
 
 
-def _figures(optimizer: str, records: Sequence[StepRecord]) -> tuple[Picture, ...]:
-    drawn = (
-        ("heatmap", heatmap, _heatmap_in_words),
-        ("profile", depth_profile, _profile_in_words),
-        ("norms", norms, _norms_in_words),
-    )
-    return tuple(
-        Picture(
-            to_svg(draw(records), f"{name} {optimizer}").replace(INK, "currentColor"), words(records), READING[name]
-        )
-        for name, draw, words in drawn
-    )
+def _answer(one: WhatIf) -> View:
+    return {
+        "norm": f"p = {one.norm_type:g}" + ("" if one.recorded else ", put together from the layers' norms"),
+        "steps": f"{one.steps:,} steps with a finite norm, {one.healthy:,} of them healthy",
+        "candidates": [
+            [number(tried.max_norm), f"{tried.clipped:.1%}", number(tried.coefficient), tried.current]
+            for tried in one.candidates
+        ],
+        "suggestions": [[f"{wanted.share:.0%}", number(wanted.max_norm)] for wanted in one.suggestions],
+        "caveat": one.caveat,
+    }
 
 
-def _heatmap_in_words(records: Sequence[StepRecord]) -> str:
-    outputs = [layer.output for record in records for layer in record.layers if layer.output is not None]
-    depths = max((len(record.layers) for record in records), default=0)
-    broken = sum(_is_broken(stats) for stats in outputs)
-    bounds = _range(stats.rms for stats in outputs)
-    return (
-        f"Heatmap of the output gradient's rms over {depths} depths and {sum(record.recorded for record in records)} "
-        f"recorded steps: {bounds}; {broken} values are NaN or infinite."
-    )
+def _clipping(history: History) -> Iterator[View]:
+    import numpy as np
 
-
-def _profile_in_words(records: Sequence[StepRecord]) -> str:
-    fits = [(record.step, record.fit.slope) for record in records if record.fit is not None]
-    if not fits:
-        return "Output gradient over depth; no step had a fit."
-    (first, start), (last, end) = fits[0], fits[-1]
-    return (
-        f"Output gradient over depth: it changes by {start:+.2g} decades per layer on the way back at step {first}, by "
-        f"{end:+.2g} at step {last}."
-    )
-
-
-def _norms_in_words(records: Sequence[StepRecord]) -> str:
-    bounds = _range(record.clip.total_norm for record in records)
-    clipped = sum(record.clip.applied for record in records)
-    return f"Total gradient norm over {len(records)} steps: {bounds} before clipping; {clipped} steps were clipped."
-
-
-def _range(values: Iterable[float]) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    return f"between {number(min(finite))} and {number(max(finite))}" if finite else "no finite value"
-
-
-def _is_broken(stats: GradientStats) -> bool:
-    return stats.nonfinite > 0 or not math.isfinite(stats.rms)
-
-
-def _clipping(records: Sequence[StepRecord]) -> Iterator[Fact]:
-    if not records:
-        return
-    clips = [record.clip for record in records]
-    rule = clips[-1]
-    if rule.rule == "none":
-        yield Fact("rule", ("none: gradients were measured, not clipped",))
+    total, coef = history.by_step["clip.total_norm"], history.by_step["clip.clip_coef"]
+    if history.rule == "none":
+        yield _fact("rule", "none: gradients were measured, not clipped")
     else:
-        yield Fact("rule", (f"by {rule.rule}, {rule.terms}",))
-        applied = [clip.clip_coef for clip in clips if clip.applied and clip.clip_coef is not None]
-        yield Fact("clipped", (f"{len(applied):,} of {len(clips):,} steps ({len(applied) / len(clips):.1%})",))
+        threshold = history.by_step["clip.threshold"][-1]
+        terms = "" if math.isnan(threshold) else f", threshold {number(float(threshold))}"
+        yield _fact("rule", f"by {history.rule}{terms}, norm_type {history.norm_type:g}")
+        clipped = int(history.applied.sum())
+        yield _fact("clipped", f"{clipped:,} of {len(total):,} steps ({clipped / len(total):.1%})")
+        applied = coef[history.applied & ~np.isnan(coef)].tolist()
         if applied:
-            yield Fact("coefficient", (f"median {number(median(applied))}, smallest {number(min(applied))}",))
-    finite = [clip.total_norm for clip in clips if math.isfinite(clip.total_norm)]
+            yield _fact("coefficient", f"median {number(median(applied))}, smallest {number(min(applied))}")
+    finite = total[np.isfinite(total)].tolist()
     if finite:
-        yield Fact("total norm", (f"median {number(median(finite))}, largest {number(max(finite))}",))
-    broken = [record.step for record in records if not math.isfinite(record.clip.total_norm)]
-    if broken:
-        yield Fact("not finite", (f"{len(broken):,} steps, the first is step {broken[0]:,}",))
-    skipped = sum(record.skipped for record in records)
-    if skipped:
-        yield Fact("skipped", (f"{skipped:,} steps left the weights as they were",))
+        yield _fact("total norm", f"median {number(median(finite))}, largest {number(max(finite))}")
+    broken = history.steps[~np.isfinite(total)]
+    if len(broken):
+        yield _fact("not finite", f"{len(broken):,} steps, the first is step {broken[0]:,}")
+    if history.skipped.any():
+        yield _fact("skipped", f"{int(history.skipped.sum()):,} steps left the weights as they were")
 
 
-def _rows(record: StepRecord) -> Iterator[Row]:
-    known = len(record.clip.shares) == len(record.layers)
-    shares: Sequence[float | None] = record.clip.shares if known else [None] * len(record.layers)
-    for layer, share in zip(record.layers, shares, strict=True):
-        measured = (
-            layer.output.rms if layer.output else None,
-            layer.weight.norm if layer.weight else None,
-            layer.update_ratio,
-        )
-        certain = share if share is not None and math.isfinite(share) else None
-        yield Row(
-            depth=layer.layer.depth,
-            name=layer.layer.name,
-            kind=layer.layer.kind if layer.layer.trunk else f"{layer.layer.kind} (not fitted)",
-            cells=tuple(map(_cell, measured)),
-            share=number(share) if certain is None else f"{certain:.1%}",
-            bar=round(100 * (certain or 0.0), 1),
-        )
+TABLE = (
+    ("output.rms", "output gradient rms"),
+    ("gain", "gain"),
+    ("weight.norm", "weight gradient norm"),
+    ("update_ratio", "update / weight"),
+    ("dead_fraction", "dead units"),
+    ("share", "share of total norm"),
+)
+"""Columns of the table by depth."""
 
 
-def _cell(value: float | None) -> Cell:
-    """With the power of ten always there, so that a column can be compared at a glance."""
-    if value is None or not math.isfinite(value):
-        return Cell(number(value), broken=value is not None)
-    return Cell(f"{value:.2e}" if value else "0")
+def _table(history: History) -> View | None:
+    """The numbers of each layer at the last step that has them; columns that nobody measured are left out."""
+    rows = {name: history.by_layer[name] for name, _ in TABLE if name in history.by_layer}
+    if "output.rms" not in rows:
+        return None
+    row = int(rows["output.rms"].rows[-1])
+    columns = {}
+    for name, quantity in rows.items():
+        at = quantity.rows.searchsorted(row)
+        if at < len(quantity.rows) and quantity.rows[at] == row:
+            shown = zip(quantity.values[at].tolist(), quantity.measured[at].tolist(), strict=True)
+            columns[name] = [_cell(value, name) if known else None for value, known in shown]
+    kinds = [layer.kind if layer.trunk else f"{layer.kind} (not fitted)" for layer in history.layers]
+    return {
+        "step": int(history.steps[row]),
+        "headings": [heading for name, heading in TABLE if name in columns],
+        "kinds": kinds,
+        "columns": [columns[name] for name, _ in TABLE if name in columns],
+    }
 
 
-def _facts(info: RunInfo, run: Run) -> Iterator[Fact]:
+def _cell(value: float, name: str) -> str:
+    """With the power of ten always there, so that a column can be compared at a glance; fractions in percent."""
+    if not math.isfinite(value):
+        return number(value)
+    if name in ("share", "dead_fraction"):
+        return f"{value:.1%}"
+    return f"{value:.2e}" if value else "0"
+
+
+def _fact(name: str, *values: str, code: bool = False) -> View:
+    return {"name": name, "values": list(values), "code": code}
+
+
+def _facts(info: RunInfo, run: Run) -> Iterator[View]:
     if info.command:
-        yield Fact("command", (info.command,), code=True)
+        yield _fact("command", info.command, code=True)
     if info.overrides:
-        yield Fact("overrides", info.overrides, code=True)
+        yield _fact("overrides", *info.overrides, code=True)
     if info.started:
-        yield Fact("started", (_date(info.started),))
+        yield _fact("started", _date(info.started))
     if info.device:
-        yield Fact("device", (info.device,))
+        yield _fact("device", info.device)
     if info.seed is not None:
-        yield Fact("seed", (str(info.seed),))
+        yield _fact("seed", str(info.seed))
     if info.versions:
-        yield Fact("versions", (", ".join(f"{name} {number}" for name, number in info.versions.items()),))
+        yield _fact("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items()))
     if info.git:
         changed = ", with uncommitted changes" if info.git.get("dirty") else ""
-        yield Fact("git", (f"{info.git.get('commit', '')}{changed}",))
-    yield Fact("run log", (str(run.path),), code=True)
+        yield _fact("git", f"{info.git.get('commit', '')}{changed}")
+    yield _fact("run log", str(run.path), code=True)

@@ -1,0 +1,130 @@
+"""Several runs in one figure: laid over each other by depth, and one folder of runs held against another. numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diagnostics.reports import specifications
+from diagnostics.reports.comparison import Comparison
+from diagnostics.reports.drawing import Figure
+from diagnostics.reports.figures import axis_frame, floats, rounded
+from diagnostics.reports.fleet import Fleet
+from diagnostics.reports.history import History
+from diagnostics.reports.thinning import cells
+
+MOST_LINES = 8  # colours and shapes that can be told apart
+
+
+def overlay(profiles: Mapping[str, Sequence[Sequence[float | None]]]) -> Figure:
+    """Profiles of several runs in one figure; runs under one name, as those that differ in their seed, have a band.
+
+    Args:
+        profiles: By name, the profiles of its runs (:func:`last_profile`). By relative depth where depths differ.
+
+    Returns:
+        The figure.
+    """
+    table = [{"run": name, **row} for name, own in profiles.items() if (row := band(own))]
+    same = len({len(row["depth"]) for row in table}) <= 1
+    heights = np.concatenate([floats(row[end]) for row in table for end in ("low", "high")] or [np.zeros(0)])
+    name = "overlay" if same else "overlay_relative"
+    return Figure(
+        name,
+        "Output gradient over depth, run by run",
+        specifications.BY_NAME[name],
+        {"runs": table, "frame": axis_frame("log10", heights)},
+        words=f"Output gradient over depth of {len(table)} runs or groups of runs at their last recorded step.",
+    )
+
+
+def band(profiles: Sequence[Sequence[float | None]]) -> dict[str, list[Any]]:
+    """Median and range over some runs' profiles at each depth; empty without one. Runs of another depth are left out.
+
+    Example:
+        >>> band([[-1.0, -2.0], [-3.0, None]])["median"]
+        [-2.0, -2.0]
+    """
+    like = [own for own in profiles if own and len(own) == len(next(filter(None, profiles)))]
+    if not like:
+        return {}
+    values = np.array([floats(own) for own in like])
+    known = np.isfinite(values).any(axis=0)
+    depths = np.flatnonzero(known)
+    last = max(values.shape[1] - 1, 1)
+    ends = {"low": np.nanmin, "median": np.nanmedian, "high": np.nanmax}
+    return {
+        "depth": depths.tolist(),
+        "relative": rounded(depths / last),
+        **{name: rounded(take(values[:, known], axis=0)) for name, take in ends.items()},
+    }
+
+
+def last_profile(history: History) -> list[float | None]:
+    """log10 of the trunk's output gradient at each depth at the last recorded step; empty where there is none."""
+    quantity = history.by_layer.get("trunk_rms")
+    if quantity is None:
+        return []
+    trunk = [place for place, layer in enumerate(history.layers) if layer.trunk]
+    logs, _ = cells(quantity.values[-1:, trunk], quantity.measured[-1:, trunk])
+    return rounded(logs[0])
+
+
+def compared(comparison: Comparison) -> tuple[Figure, Figure]:
+    """Folders of runs by relative depth, and by how many decades they differ from the first.
+
+    Args:
+        comparison: As :func:`diagnostics.reports.comparison.compare` returns it.
+
+    Returns:
+        Profiles with their range over runs; differences.
+    """
+    depths = list(comparison.depths)
+    sides = [
+        {
+            "run": one.label,
+            "depth": depths,
+            "relative": depths,
+            **{name: rounded(np.array(getattr(one, of))) for name, of in (("low", "low"), ("median", "profile"), ("high", "high"))},
+        }
+        for one in comparison.sides
+    ]
+    heights = np.concatenate([floats(side[end]) for side in sides for end in ("low", "high")])
+    apart = [
+        {"side": one.label, "relative": depths, "decades": rounded(np.array(comparison.differences(index)))}
+        for index, one in enumerate(comparison.sides)
+        if index
+    ]
+    return (
+        Figure(
+            "overlay_relative",
+            "Output gradient over depth",
+            specifications.BY_NAME["overlay_relative"],
+            {"runs": sides, "frame": axis_frame("log10", heights)},
+            "each run's median over its recorded steps; the band spans the runs",
+            comparison.sentence,
+        ),
+        Figure(
+            "differences",
+            f"Difference to {comparison.sides[0].label}",
+            specifications.BY_NAME["differences"],
+            {"differences": apart},
+            words=comparison.sentence,
+        ),
+    )
+
+
+def of_fleet(fleet: Fleet, described: Mapping[Any, Mapping[str, Any]], comparison: Comparison | None = None) -> list[Figure]:
+    """The figures of many runs: an overlay of the sickest rows, and the comparison where there is one.
+
+    Args:
+        fleet: The rows.
+        described: Each run as :func:`diagnostics.reports.view.describe` gives it, by the path of its log.
+        comparison: Of the folders.
+    """
+    profiles = {}
+    for row in fleet.rows[:MOST_LINES]:
+        profiles[row.label] = [described[path]["profile"] for path in row.logs if path in described]
+    return [overlay(profiles), *(compared(comparison) if comparison else ())]
