@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import signal
+import struct
 import subprocess
 import sys
 import time
 from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -32,6 +36,7 @@ from diagnostics.records import (
     Violation,
 )
 from diagnostics.runlog import SCHEMA, RunLogWriter, read_run
+from diagnostics.runlog.columns import decode, encode
 
 CLIP = ClipRecord("norm", 2.0, 1.0, 4.0, 0.25, applied=True, total_norm_after=1.0)
 VERDICT = Verdict("healthy", 0, "healthy")
@@ -42,6 +47,7 @@ maybe = st.none() | numbers
 names = st.text(max_size=8)
 tuples_of = lambda one: st.lists(one, max_size=3).map(tuple)  # noqa: E731
 numels = st.integers(0, 2**40)
+counts = st.integers(0, 2**53)  # float64 holds no more exactly, and a report is made of that
 statistics = st.builds(
     GradientStats, numels, numbers, numbers, maybe, maybe, maybe, st.integers(0, 2**40), maybe
 ) | st.builds(lambda numel, norm: GradientStats(numel, norm, norm / math.sqrt(numel or 1)), numels, numbers)
@@ -61,13 +67,13 @@ diagnoses = st.builds(
     Diagnosis, names, st.integers(0, 4), st.integers(0), st.none() | st.integers(0), st.dictionaries(names, numbers),
     names, tuples_of(remedies), st.booleans(), st.none() | st.integers(0),
 )  # fmt: skip
-fits = st.builds(DepthFit, numbers, numbers, numbers, st.integers(0), st.integers(0))
+fits = st.builds(DepthFit, numbers, numbers, numbers, counts, counts)
 steps = st.builds(
-    StepRecord, st.integers(0), clips, names, maybe, tuples_of(numbers), st.integers(0), numbers,
+    StepRecord, counts, clips, names, maybe, tuples_of(numbers), st.integers(0), numbers,
     st.lists(layer_records, max_size=4).map(Layers), st.booleans(), tuples_of(violations), tuples_of(diagnoses),
     st.dictionaries(names, numbers), st.none() | fits, st.booleans(),
 )  # fmt: skip
-words = st.dictionaries(names, st.none() | st.booleans() | names | numbers | st.lists(st.integers()))
+words = st.dictionaries(names, st.none() | st.booleans() | names | numbers | st.lists(counts))
 infos = st.builds(
     RunInfo, names, names, names, tuples_of(names), words, st.none() | st.integers(), names,
     st.dictionaries(names, names), words, names,
@@ -134,26 +140,65 @@ def test_an_existing_log_is_not_overwritten(tmp_path: Path) -> None:
     assert read_run(file).info == RunInfo(name="first")
 
 
-def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:
-    whole = write(tmp_path, RunInfo(name="mlp"), step(0), step(1), END).read_bytes()
-    header = whole.index(b"\n") + 1
-    for size in range(header, len(whole)):
-        cut = tmp_path / "cut.jsonl"
+def small(tmp_path: Path) -> tuple[Path, list[Any]]:
+    """A log with every kind of line, and what was written, in order."""
+    layer = LayerRecord(Layer(0, "0", "Linear"), GradientStats(4, 2.0, 1.0), GradientStats(4, 2.0, 1.0))
+    broken = Violation("missing_zero_grad", 2, ("0.weight",), "At step 2 …", "call zero_grad()")
+    events = [
+        RunInfo(name="mlp"), step(0), step(1, layers=Layers([layer])), step(2, violations=(broken,)),
+        Violation("no_grad_flow", 9, ("2.weight",), "Never received a gradient.", "check detach()"), step(3), END,
+    ]  # fmt: skip
+    return write(tmp_path, *events), events
+
+
+def test_a_log_cut_at_any_byte_is_read_up_to_its_last_whole_block(tmp_path: Path) -> None:
+    """Nothing is made up, nothing is read twice, and whole lines are never lost."""
+    file, events = small(tmp_path)
+    whole = file.read_bytes()
+    records = [event for event in events if isinstance(event, StepRecord)]
+    violations = read_run(file).violations
+    cut, before = tmp_path / "cut.jsonl", 0
+    for size in range(whole.index(b"\n") + 1, len(whole) + 1):
         cut.write_bytes(whole[:size])
         run = read_run(cut)
-        assert len(run.records) + (run.info is not None) + (run.end is not None) >= whole[:size].count(b"\n") - 1
-        assert run.records == (step(0), step(1))[: len(run.records)]
+        found = len(run.records)
+        assert tuple(run.records) == tuple(records[:found])
+        assert run.violations == violations[: len(run.violations)]
+        assert run.info == (events[0] if b'{"info"' in whole[:size].rpartition(b"\n")[0] else None)
+        assert (run.end is not None) == (size == len(whole))
+        assert found >= before
+        assert found >= sum(len(json.loads(line)["steps"]) for line in written(whole[:size]))
+        before = found
+    assert before == len(records)
+
+
+def written(content: bytes) -> list[bytes]:
+    """The first lines of the blocks whose second line is whole, too."""
+    lines = content.split(b"\n")[:-1]
+    return [line for line, data in pairwise(lines) if line.startswith(b'{"steps"') and data]
 
 
 def test_damage_before_the_last_line_is_not_passed_over(tmp_path: Path) -> None:
-    file = write(tmp_path, RunInfo(name="mlp"), step(0), step(1))
+    file, _ = small(tmp_path)
     lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]))
-    with pytest.raises(ValueError, match=r"Line 3 of .* is damaged"):
+    block = next(place for place, line in enumerate(lines) if line.startswith('{"steps"'))
+
+    def damage(place: int, text: str) -> None:
+        file.write_text("".join(f"{line}\n" for line in [*lines[:place], text, *lines[place + 1 :]]))
+
+    damage(1, lines[1][:20])
+    with pytest.raises(ValueError, match=r"Line 2 of .* is damaged; remove it to read the others"):
         read_run(file)
-    file.write_text("\n".join([*lines[:2], '{"step": {}}', *lines[3:]]))
-    with pytest.raises(ValueError, match=r"Line 3 of .* does not fit the schema"):
+    damage(1, '{"info": {}}')
+    with pytest.raises(ValueError, match=r"Line 2 of .* does not fit the schema"):
         read_run(file)
+    for text in (lines[block + 1][:-3], lines[block + 1][:-3] + '"', ""):
+        damage(block + 1, text)
+        with pytest.raises(ValueError, match=rf"Line {block + 1} of .* does not fit the schema"):
+            read_run(file)
+    damage(block + 1, lines[block + 1].replace("A", "!"))
+    with pytest.raises(ValueError, match=r"is damaged: the numbers of \d+ steps? cannot be read"):
+        tuple(read_run(file).records)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01", b"step,loss\n0,1\n", b"[]\n", b'{"schema": "other"}\n'])
@@ -169,8 +214,11 @@ def test_a_newer_version_and_a_missing_file_say_what_to_do(tmp_path: Path) -> No
         FileNotFoundError, match=r"There is no run log at .*run\.jsonl; give a run\.jsonl or the folder"
     ):
         read_run(tmp_path)
-    (tmp_path / "run.jsonl").write_text(json.dumps({"schema": SCHEMA, "version": 2}))
-    with pytest.raises(ValueError, match="has schema version 2, above 1; update training-diagnostics"):
+    (tmp_path / "run.jsonl").write_text(json.dumps({"schema": SCHEMA, "version": 3}))
+    with pytest.raises(ValueError, match="has schema version 3, above 2; update training-diagnostics"):
+        read_run(tmp_path)
+    (tmp_path / "run.jsonl").write_text(json.dumps({"schema": SCHEMA, "version": 1}))
+    with pytest.raises(ValueError, match="has schema version 1, from before the format was settled; only 2 is read"):
         read_run(tmp_path)
 
 
@@ -178,13 +226,17 @@ def test_what_a_later_version_added_is_ignored(tmp_path: Path) -> None:
     layer = LayerRecord(Layer(0, "0", "Linear"), GradientStats(4, 2.0, 1.0), GradientStats(4, 2.0, 1.0))
     file = write(tmp_path, RunInfo(name="mlp"), step(0, layers=Layers([layer])), END)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    info, table, taken, end = (next(iter(line.values())) for line in lines[1:])
-    for part in (info, taken, taken["clip"], end, end["verdict"]):
+    info, table, form = (next(iter(line.values())) for line in lines[1:4])
+    steps, data, end = lines[4], lines[5], lines[6]["end"]
+    for part in (info, end, end["verdict"]):
         part["added_later"] = 1
-    for columns in (table, taken["weight"], taken["output"]):
-        columns["added_later"] = [1]
+    table["added_later"] = [1]
+    form["constants"] |= {"clip.added_later": "x", "weight.added_later": [1], "added_later": None}
+    form["columns"] += [["added_later", "float", 1], ["output.added_later", "float", 1]]
+    steps["types"][0] += "dd"
+    lines[5] = data + encode("float", [0.1])[1] * 2
     lines.insert(2, {"later": {"kind": "of line"}})
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
     run = read_run(file)
     assert run.info == RunInfo(name="mlp")
     assert run.records == (step(0, layers=Layers([layer])),)
@@ -201,14 +253,56 @@ def test_a_table_of_layers_is_written_once_however_the_optimizers_alternate(tmp_
     assert read_run(file).records == tuple(records)
 
 
-def test_a_column_that_follows_from_others_or_says_nothing_is_not_written(tmp_path: Path) -> None:
+def test_numbers_take_the_smallest_type_that_loses_nothing_and_zeros_take_none(tmp_path: Path) -> None:
+    """Bytes per step are a promise, so they are counted; what follows from others (`rms`) is not written at all."""
+    floats = [(0.0, 0), (0.5, 4), (0.1, 8), (math.nan, 4), (math.inf, 4), (-0.0, 4), (1e300, 8)]
+    for value, size in floats:
+        code, text = encode("float", [value] * 3)
+        assert len(base64.b64decode(text)) == 3 * size
+        assert repr(decode("float", code, text.encode(), 3)) == repr([value] * 3)
+    for number, size in {0: 0, 127: 1, -128: 1, 128: 2, 2**15: 4, -(2**31): 4, 2**31: 8, 2**63 - 1: 8}.items():
+        code, text = encode("integer", [number] * 3)
+        assert len(base64.b64decode(text)) == 3 * size
+        assert decode("integer", code, text.encode(), 3) == [number] * 3
+
+
+def test_sixty_layers_take_less_than_half_of_what_plain_json_took(tmp_path: Path) -> None:
+    """The same steps as JSON numbers, one column per quantity, took 3,504 bytes each."""
+    count, depths = 200, 60
+    noise = Random(0)
+    single = lambda: struct.unpack("f", struct.pack("f", noise.random()))[0]  # noqa: E731
+
+    def layer(depth: int, recorded: bool) -> LayerRecord:
+        stats = [GradientStats(4096, norm := noise.random(), norm / 64, *([single(), 0.0, 0.0, 0, 0.0] * recorded))] * 2
+        return LayerRecord(table[depth], stats[0] if recorded else None, stats[1], *([noise.random()] * 3 * recorded))
+
+    table = [Layer(depth, f"blocks.{depth}.linear", "Linear", (f"blocks.{depth}.weight",)) for depth in range(depths)]
+    writer = RunLogWriter(tmp_path)
+    for number in range(count):
+        recorded = number % 10 == 0
+        clip = replace(CLIP, total_norm=single(), shares=tuple(noise.random() for _ in table))
+        layers = Layers([layer(depth, recorded) for depth in range(depths)])
+        writer.write(step(number, clip=clip, layers=layers, loss=single(), recorded=recorded))
+    writer.close()
+    assert writer.path.stat().st_size / count < 1752
+
+
+def test_rms_that_follows_from_the_norm_is_not_written(tmp_path: Path) -> None:
     plain = LayerRecord(Layer(0, "0", "Linear"), None, GradientStats(16, 2.0, 0.5))
     odd = LayerRecord(Layer(0, "0", "Linear"), None, GradientStats(16, 2.0, 0.6, nonfinite=1))
-    file = write(tmp_path, *[step(i, layers=Layers([one])) for i, one in enumerate((plain, odd))])
-    steps = [json.loads(line)["step"] for line in file.read_text().splitlines() if line.startswith('{"step"')]
-    assert steps[0]["weight"] == {"norm": [2.0]}
-    assert steps[1]["weight"] == {"norm": [2.0], "rms": [0.6], "nonfinite": [1]}
-    assert "output" not in steps[0]
+    records = [step(i, layers=Layers([one])) for i, one in enumerate((plain, odd))]
+    file = write(tmp_path, *records)
+    shapes = [json.loads(line)["shape"] for line in file.read_text().splitlines() if line.startswith('{"shape"')]
+    names = [{name for name, *_ in one["columns"]} for one in shapes]
+    assert names[1] - names[0] == {"weight.rms"}
+    assert read_run(file).records == tuple(records)
+
+
+def test_a_shape_is_written_once_however_long_the_run(tmp_path: Path) -> None:
+    records = [step(i, loss=0.5 if i % 2 else None, metrics={"x": 1.0} if i % 10 == 0 else {}) for i in range(100)]
+    file = write(tmp_path, *records)
+    assert file.read_text().count('{"shape"') == 3  # neither, a loss, a metric
+    assert read_run(file).records == tuple(records)
 
 
 def test_violations_are_one_entry_per_rule_and_parameters_with_the_last_count(tmp_path: Path) -> None:

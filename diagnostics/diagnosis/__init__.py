@@ -78,6 +78,20 @@ class State:
         standing = [track.diagnosis for track in self.tracks.values()]
         return tuple(sorted([*self.past, *standing], key=lambda diagnosis: diagnosis.step))
 
+    @classmethod
+    def told(cls, diagnoses: Iterable[Diagnosis], records: int) -> State:
+        """The state of a run that told its diagnoses, as its log has them: enough for a verdict, not to go on from.
+
+        Args:
+            diagnoses: In their last state.
+            records: Number of steps whose output gradients were seen.
+        """
+        known = list(diagnoses)
+        tracks = {
+            (str(place), one.condition): _Track(one, ()) for place, one in enumerate(known) if one.cleared is None
+        }
+        return cls(tracks, tuple(one for one in known if one.cleared is not None), records)
+
 
 def fit_depth(layers: Iterable[LayerRecord]) -> DepthFit | None:
     """Fits a line through log10 of the output gradients' norm over depth (Theil-Sen).

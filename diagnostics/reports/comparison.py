@@ -86,7 +86,8 @@ def relative_profile(history: History) -> NDArray[np.float64]:
     if not known.any():
         return np.full(len(GRID), np.nan)
     medians = np.nanmedian(np.log10(values, where=usable, out=np.full(values.shape, np.nan))[:, known], axis=0)
-    return np.interp(GRID, np.linspace(0, 1, len(places))[known], medians)
+    profile: NDArray[np.float64] = np.interp(GRID, np.linspace(0, 1, len(places))[known], medians)
+    return profile
 
 
 def compare(fleets: Mapping[str, Fleet], profiles: Mapping[str, Sequence[NDArray[np.float64]]]) -> Comparison:

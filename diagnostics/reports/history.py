@@ -6,14 +6,15 @@ Records are for a step at a time; a report looks at thousands of steps of sixty 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.records import WARNING, DepthFit, Diagnosis, Layer, StepRecord
+from diagnostics.runlog.reading import Records
 
 BY_STEP = ("loss", "clip.total_norm", "clip.total_norm_after", "clip.clip_coef", "clip.threshold", "clip.clip_fraction")
 """Numbers of a step, as paths into a StepRecord; ``loss`` and ``clip.…``."""
@@ -33,6 +34,8 @@ BY_LAYER = (
     "share",
 )
 """Numbers of a layer at a step, as paths into a LayerRecord; ``share`` is the layer's part of ``total_norm ** p``."""
+
+FIT = tuple(one.name for one in fields(DepthFit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,15 @@ class History:
     sick: NDArray[np.bool_]
 
 
-def histories(records: Iterable[StepRecord]) -> dict[str, History]:
+def histories(records: Iterable[StepRecord], quantities: Collection[str] = (*BY_STEP, *BY_LAYER)) -> dict[str, History]:
     """The columns of each optimizer by its name, in order of appearance.
+
+    The records of a run log are not made for this: its numbers are read as arrays, a hundred times faster.
+
+    Args:
+        records: Of a run, as ``Run.records`` or ``Monitor.records``.
+        quantities: Which of :data:`BY_STEP` and :data:`BY_LAYER` to take; of a large run log the fewer the faster, and
+            quantities that every step has (``weight.norm``, ``share``) are most of it.
 
     Example:
         >>> from diagnostics.records import ClipRecord
@@ -92,34 +102,42 @@ def histories(records: Iterable[StepRecord]) -> dict[str, History]:
         >>> histories([step])["optimizer"].by_step["clip.total_norm"].tolist()
         [0.5]
     """
+    if isinstance(records, Records):
+        from diagnostics.reports.columns import from_log  # noqa: PLC0415 -- it needs History
+
+        return from_log(records.contents, quantities)
     apart: dict[str, list[StepRecord]] = {}
     for record in records:
         apart.setdefault(record.optimizer, []).append(record)
-    return {name: _history(name, sorted(own, key=attrgetter("step"))) for name, own in apart.items()}
+    return {name: _history(name, sorted(own, key=attrgetter("step")), quantities) for name, own in apart.items()}
 
 
-def _history(optimizer: str, records: Sequence[StepRecord]) -> History:
+def _history(optimizer: str, records: Sequence[StepRecord], quantities: Collection[str]) -> History:
     latest = {row.layer.name: row.layer for record in records for row in record.layers}
     layers = sorted(latest.values(), key=attrgetter("depth"))
     places = {layer.name: place for place, layer in enumerate(layers)}
     numel = np.zeros(len(layers), np.int64)
-    found: dict[str, list[tuple[int, int, float]]] = {name: [] for name in BY_LAYER}
+    found: dict[str, list[tuple[int, int, float]]] = {name: [] for name in BY_LAYER if name in quantities}
     for row, record in enumerate(records):
         shares = record.clip.shares if len(record.clip.shares) == len(record.layers) else (None,) * len(record.layers)
         for layer, share in zip(record.layers, shares, strict=True):
             place = places[layer.layer.name]
             if layer.output is not None:
                 numel[place] = layer.output.numel
-            for name in BY_LAYER:
+            for name, cells in found.items():
                 value = share if name == "share" else _look(layer, name)
                 if value is not None:
-                    found[name].append((row, place, value))
+                    cells.append((row, place, value))
     clip = records[-1].clip
     return History(
         optimizer,
         tuple(layers),
         np.array([record.step for record in records], np.int64),
-        {name: np.array([_number(_look(record, name)) for record in records]) for name in BY_STEP},
+        {
+            name: np.array([_number(_look(record, name)) for record in records])
+            for name in BY_STEP
+            if name in quantities
+        },
         np.array([record.clip.applied for record in records], bool),
         np.array([record.skipped for record in records], bool),
         {name: _quantity(cells, len(layers)) for name, cells in found.items() if cells},
@@ -127,11 +145,11 @@ def _history(optimizer: str, records: Sequence[StepRecord]) -> History:
         numel,
         clip.rule,
         clip.norm_type,
-        _sick([record.step for record in records], [one for record in records for one in record.diagnoses]),
+        standing([record.step for record in records], [one for record in records for one in record.diagnoses]),
     )
 
 
-def _sick(steps: Sequence[int], diagnoses: Iterable[Diagnosis]) -> NDArray[np.bool_]:
+def standing(steps: Sequence[int] | NDArray[np.int64], diagnoses: Iterable[Diagnosis]) -> NDArray[np.bool_]:
     """At which steps a diagnosis at warning or above stood; each in its last state, from onset until it cleared."""
     numbers = np.array(steps, np.int64)
     found = np.zeros(len(steps), bool)

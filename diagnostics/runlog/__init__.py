@@ -1,0 +1,129 @@
+"""One run on disk: written and read here and nowhere else.
+
+A run log is a text file that only grows, one JSON value per line. The first line names the schema; every other one is
+an object with a key that says what it is, but for the numbers, which are a string::
+
+    {"schema": "training-diagnostics/run", "version": 2}
+    {"info": {"name": "mlp", …}}
+    {"layers": {"id": 0, "name": ["0", "2"], "kind": ["Linear", "Linear"], …}}
+    {"shape": {"id": 0, "layers": 0, "constants": {"clip.rule": "norm", …}, "columns": [["loss", "float", 1], …]}}
+    {"steps": [0, 0, 1, 0], "types": ["fdz…", "fd…"]}
+    "mpmZPgAA…"
+    {"news": {"violations": [{…}], "diagnoses": [{…}]}}
+    {"violation": {…}}
+    {"end": {"status": "finished", …}}
+
+What is said once is plain JSON, to be read by people and found by grep. Numbers are packed: the steps since the last
+flush are one block, two lines. The first names each step's shape, which says what kind of number stands in which field
+(a table of layers and a shape are written when they are first seen), and a type per column; the second holds the
+columns of each shape in turn, as base64 of little-endian numbers: ``f`` and ``d`` are floats of four bytes, where that
+loses nothing, or eight; ``b h i q`` integers; ``z`` is nothing but zeros and takes no character. A column ends at a
+multiple of four characters, so that a reader decodes the columns it wants and skips the others. ``rms`` that follows
+from ``norm`` is left out. News belongs to the last step of the block that follows it.
+
+NaN and the infinities come back as themselves. A reader ignores what it does not know; a change of meaning is a new
+version. Of a block that was not written to its end nothing is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from diagnostics.diagnosis import State, verdict
+from diagnostics.records import Diagnosis, RunEnd, RunInfo, StepRecord, Verdict, Violation
+from diagnostics.runlog.names import FILE_NAME, FLUSH_SECONDS, SCHEMA, VERSION, log_file
+from diagnostics.runlog.reading import Records, read
+from diagnostics.runlog.writing import Event, RunLogWriter
+
+__all__ = [
+    "FILE_NAME",
+    "FLUSH_SECONDS",
+    "SCHEMA",
+    "VERSION",
+    "Event",
+    "Run",
+    "RunLogWriter",
+    "log_file",
+    "read_run",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, read back.
+
+    Attributes:
+        info: Where it comes from; None if the process was killed before it said so.
+        records: The steps, equal to what was written; read from the file when somebody looks.
+        violations: One entry per rule and parameters, oldest first, with the last count.
+        end: How it ended; None for a run that is still going or was killed.
+        path: The file.
+
+    Example:
+        >>> Run(None, (), (), None, Path("run.jsonl")).verdict is None
+        True
+    """
+
+    info: RunInfo | None
+    records: Sequence[StepRecord]
+    violations: tuple[Violation, ...]
+    end: RunEnd | None
+    path: Path
+
+    @property
+    def diagnoses(self) -> tuple[Diagnosis, ...]:
+        """Every diagnosis in order of appearance, in its last state: what cleared has ``cleared`` set."""
+        if isinstance(self.records, Records):
+            return tuple(self.records.contents.diagnoses.values())
+        last: dict[tuple[str, str, int], Diagnosis] = {}
+        for record in self.records:
+            last |= {(record.optimizer, one.condition, one.step): one for one in record.diagnoses}
+        return tuple(last.values())
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the run said at its end; None if it never ended."""
+        return self.end.verdict if self.end else None
+
+    def judge(self) -> Verdict:
+        """What the run said at its end; without an end, what its diagnoses so far amount to.
+
+        Example:
+            >>> Run(None, (), (), None, Path("run.jsonl")).judge().condition
+            'unknown'
+        """
+        if self.end:
+            return self.end.verdict
+        return verdict(State.told(self.diagnoses, sum(record.recorded for record in self.records)), self.violations)
+
+    def plot(self) -> Any:
+        """A ``matplotlib.figure.Figure``: heatmap over depth and steps, depth profile with its fit, norms."""
+        # Figures know run logs, not the other way round; and a reader of logs must not need matplotlib.
+        return import_module("diagnostics.reports.figures").overview(self.records)
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads a run log, also one that is still being written or that ends in the middle of a line.
+
+    Args:
+        path: The file or the run's folder.
+
+    Returns:
+        The run. Its records are made when somebody looks at them, so the file must stay where it is.
+
+    Raises:
+        FileNotFoundError: There is no run log.
+        ValueError: The file is no run log, is of another version, or is damaged before its last line.
+
+    Example:
+        >>> read_run("nowhere.jsonl")
+        Traceback (most recent call last):
+        FileNotFoundError: There is no run log at nowhere.jsonl; give a run.jsonl or the folder that holds one.
+    """
+    file = log_file(path)
+    found = read(file)
+    return Run(found.info, Records(found), tuple(found.violations.values()), found.end, file)
