@@ -101,8 +101,8 @@ def depth_profile(history: History, steps: Sequence[int] = ()) -> Figure:
     chosen = _chosen(history.steps[quantity.rows], steps)
     profiles = [_profile(history, int(quantity.rows[row]), logs[row]) for row in chosen]
     edges = [
-        {"what": SPECIAL[kind], "depth": np.flatnonzero(kinds[row] == kind).tolist()}
-        for row in chosen
+        {"label": profile["label"], "what": SPECIAL[kind], "depth": np.flatnonzero(kinds[row] == kind).tolist()}
+        for profile, row in zip(profiles, chosen, strict=True)
         for kind in (NOT_FINITE, IS_ZERO)
         if (kinds[row] == kind).any()
     ]
@@ -281,7 +281,7 @@ def overview(histories: Mapping[str, History], found: Mapping[str, Sequence[Find
 
 
 def of_history(
-    history: History, found: Sequence[Finding], answers: Sequence[WhatIf], columns: int = COLUMNS
+    history: History, found: Sequence[Finding], answers: Sequence[WhatIf], columns: int = COLUMNS, profiles: int = 3
 ) -> list[Figure]:
     """Every figure of one optimizer that has something to show.
 
@@ -290,6 +290,7 @@ def of_history(
         found: Diagnoses and violations.
         answers: What other thresholds would have done.
         columns: At most so many columns in figures over steps.
+        profiles: At most so many steps whose profile is shown.
     """
     layers = [
         draw(history)
@@ -298,7 +299,7 @@ def of_history(
     ]
     return [
         heatmap(history, found, columns),
-        depth_profile(history),
+        depth_profile(history, _evenly(history, profiles)),
         norms(history, columns),
         *([findings(history, found)] if found else []),
         *([clipping(history, min(columns, 40))] if history.rule != "none" else []),
@@ -360,6 +361,14 @@ def _chosen(recorded: NDArray[np.int64], steps: Sequence[int]) -> list[int]:
     if unknown:
         raise ValueError(f"steps must be recorded ones; got {unknown[0]}, which was not recorded.")
     return [int(np.flatnonzero(recorded == step)[0]) for step in steps]
+
+
+def _evenly(history: History, most: int) -> list[int]:
+    """Recorded steps from the first to the last, at even distances."""
+    if "trunk_rms" not in history.by_layer:
+        return []
+    recorded = history.steps[history.by_layer["trunk_rms"].rows]
+    return [int(recorded[place]) for place in np.unique(np.linspace(0, len(recorded) - 1, most).astype(int))]
 
 
 def _profile(history: History, place: int, logs: NDArray[np.float64]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ const facts = list => element("dl", {class: "facts"}, list.map(fact => [
   element("dt", {}, fact.name),
   element("dd", {}, fact.values.map(value => fact.code ? element("code", {}, value) : value)),
 ]));
-const cell = (text, kind = "number", extra = {}) => element("td", {class: kind, ...extra}, text);
+const cell = (content, kind = "number", extra = {}) => element("td", {class: kind, ...extra}, content);
 const scroll = (label, table) => element("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": label}, table);
 
 function copy(text) {
@@ -55,7 +55,25 @@ function figure(drawn, layers = [], wide = false) {
   const caption = [drawn.note && drawn.note[0].toUpperCase() + drawn.note.slice(1) + ".", READING[drawn.kind]];
   const made = element("figure", {class: wide ? "wide" : null, "data-kind": drawn.kind},
     element("h3", {}, drawn.title), chart, element("figcaption", {}, caption.filter(Boolean).join(" ")));
-  return {made, draw: () => draw(chart, drawn, layers)};
+  if (drawn.kind !== "depth_profile" || drawn.data.profiles.length < 2) return {made, draw: () => draw(chart, drawn, layers)};
+  const chosen = chooseSteps(drawn.data.profiles.map(profile => profile.label), () => draw(chart, only(drawn, chosen.labels), layers));
+  chart.after(chosen.made);
+  return {made, draw: () => draw(chart, only(drawn, chosen.labels), layers)};
+}
+
+// A profile has up to seven steps to choose from; the first, the middle and the last are drawn until somebody chooses.
+const only = (drawn, labels) => ({...drawn, data: {...drawn.data,
+  profiles: drawn.data.profiles.filter(profile => labels.has(profile.label)),
+  edges: drawn.data.edges.filter(edge => labels.has(edge.label))}});
+
+function chooseSteps(all, changed) {
+  const last = all.length - 1, labels = new Set([all[0], all[last >> 1], all[last]]);
+  const box = label => {
+    const input = element("input", {type: "checkbox", onchange: () => { input.checked ? labels.add(label) : labels.delete(label); changed(); }});
+    input.checked = labels.has(label);
+    return element("label", {}, input, label.split(":")[0]);
+  };
+  return {labels, made: element("fieldset", {class: "steps"}, element("legend", {}, "steps shown"), all.map(box))};
 }
 
 async function draw(chart, drawn, layers) {
@@ -65,7 +83,7 @@ async function draw(chart, drawn, layers) {
     datasets: {...drawn.data, layers},
   };
   await vegaEmbed(chart, specification, {
-    mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: settings, defaultStyle: false, logLevel: 1,  // errors; an empty table is no news
+    mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: {...settings, legend: {...settings.legend, labelLimit: Math.max(120, chart.clientWidth - 60)}}, defaultStyle: false, logLevel: 1,  // errors; an empty table is no news
     tooltip: {disableDefaultStyle: true},
   });
   chart.classList.add("drawn");
@@ -152,9 +170,12 @@ function showRun(number) {
 
 // All runs
 
+// Where every run is called by its overrides, as in a sweep, a column of them would say everything twice.
+const flat = rows => rows.flatMap(row => [row, ...row.members]);
+const named = fleet && flat(fleet.rows).every(row => row.overrides.every(one => row.label.includes(one)));
 const COLUMNS = [
   {name: "run", text: true, key: row => row.label},
-  {name: "overrides that differ", text: true, key: row => row.overrides.join(" ")},
+  ...(named ? [] : [{name: "overrides that differ", text: true, key: row => row.overrides.join(" ")}]),
   {name: "verdict", text: true, key: row => -row.severity * 1e6 - row.violations.length},
   {name: "sick", key: row => -row.sick / row.runs},
   {name: "slope, decades per layer", key: row => row.slope ? row.slope.median : null},
@@ -187,10 +208,10 @@ function line(row, member, again) {
   }});
   if (box) box.checked = view.picked.has(row.id);
   return element("tr", {class: member ? "member" : null, "data-row": row.id},
-    cell(box, "pick"), cell(name, "text name"), cell(row.overrides.join(" "), "text"), cell(badge(row.badge), "text"),
+    cell(box, "pick"), cell(name, "text name"), named ? null : cell(row.overrides.map(one => element("code", {}, one)), "text overrides"), cell(badge(row.badge), "text"),
     cell(many ? `${row.sick} of ${row.runs}` : row.sick ? "yes" : "no"),
     cell(spread(row.slope, many)), cell(spread(row.clipped, many)), cell(row.violations.length ? row.violations.join(", ") : "0"),
-    cell(spread(row.loss, many)), cell(row.status, "text"));
+    cell(spread(row.loss, many)), cell(row.status, "text status"));
 }
 
 function fillTable(body, count, focus) {
@@ -219,7 +240,7 @@ function fleetTable() {
   fillTable(body, count);
   return [
     element("div", {class: "controls"}, element("label", {}, "words that a row must contain", words), element("label", {}, "health", health), count),
-    scroll("Table of runs", element("table", {id: "runs"}, element("thead", {}, element("tr", {}, element("th", {class: "pick"}, element("span", {title: "lay over each other"}, "⧉")), headings)), body)),
+    scroll("Table of runs", element("table", {id: "runs"}, element("thead", {}, element("tr", {}, element("th", {class: "pick", scope: "col"}, "overlay"), headings)), body)),
   ];
 }
 

@@ -38,6 +38,9 @@ TONES = ("calm", "notice", "warning", "severe", "severe")
 WIDEST, NARROWEST, ROOM = 160, 40, 25_000
 """Columns of a heatmap: the most, the fewest, and how many all heatmaps of a page may have together."""
 
+MOST_PROFILES = 7
+"""Steps to choose from where there is room."""
+
 View = dict[str, Any]
 
 
@@ -89,6 +92,21 @@ def describe(run: Run, columns: int = WIDEST) -> View:
         "facts": list(_facts(info, run)),
         "profile": next((last_profile(one) for one in apart.values()), []),
     }
+
+
+def figures_of(run: Run) -> list[Figure]:
+    """Every figure of a run, as its page shows them and for a paper."""
+    from diagnostics.reports.drawing import figures_extra
+
+    with figures_extra():
+        from diagnostics.reports.figures import of_history
+        from diagnostics.reports.history import histories
+        from diagnostics.reports.whatif import what_if
+
+    apart = histories(run.records).items()
+    return [
+        figure for name, one in apart for figure in of_history(one, findings_of(run, name), what_if(one))
+    ]
 
 
 def findings_of(run: Run, optimizer: str) -> list[Finding]:
@@ -216,9 +234,10 @@ def _part(history: History, found: Sequence[Finding], columns: int) -> View:
     from diagnostics.reports.whatif import what_if
 
     answers = what_if(history)
+    profiles = MOST_PROFILES if columns == WIDEST else 3
     return {
         "name": history.optimizer,
-        "figures": [drawn(one) for one in of_history(history, found, answers, columns)],
+        "figures": [drawn(one) for one in of_history(history, found, answers, columns, profiles)],
         "layers": named(history),
         "clipping": list(_clipping(history)),
         "table": _table(history),
