@@ -103,7 +103,8 @@ WITHOUT_TORCH = (
     "sinks.runlog",
     "sinks.wandb",
     "reports.page",
-    "reports.figures",
+    "reports.view",
+    "reports.drawing",
     "reports.gather",
     "clip_schemas",
     "schemas",
@@ -114,7 +115,7 @@ HOMES = {
     "wandb": {"sinks.wandb", "reports.wandb"},
     "hydra": {"configs", "jobs", "cli"},  # jobs asks which job runs now, for our trainers and for other people's apps
     "omegaconf": {"configs", "jobs", "cli"},
-    "matplotlib": {"reports.drawing", "reports.figures"},
+    "vl_convert": {"reports.drawing", "reports.page"},
     "sklearn": {"trainers.tasks"},
     "tqdm": {"trainers.progress"},
 }
@@ -327,7 +328,7 @@ def test_a_library_away_from_home_is_found(bad: str) -> None:
 
 # Law 6
 
-HEAVY = {"torch", "wandb", "hydra", "omegaconf", "matplotlib", "pandas", "numpy", "sklearn", "tqdm"}
+HEAVY = {"torch", "wandb", "hydra", "omegaconf", "vl_convert", "pandas", "numpy", "sklearn", "tqdm"}
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
@@ -342,7 +343,7 @@ def test_modules_that_promise_it_load_no_torch_and_sinks_no_wandb() -> None:
 def test_a_loop_of_ones_own_loads_neither_wandb_nor_hydra_nor_plotting() -> None:
     loaded = loaded_after("from diagnostics import Monitor, watch, ClipByNorm, ConsoleSink, RunLogSink")
     assert "torch" in loaded  # the check can see what is loaded
-    assert not {"wandb", "hydra", "omegaconf", "matplotlib", "pandas"} & loaded
+    assert not {"wandb", "hydra", "omegaconf", "vl_convert", "pandas"} & loaded
 
 
 def test_help_waits_for_nothing_but_hydra() -> None:

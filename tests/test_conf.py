@@ -282,7 +282,7 @@ def test_questions_are_answered_without_loading_torch_or_wandb(question, tmp_pat
     code = (
         "import sys, diagnostics.cli\n"
         "try:\n    diagnostics.cli.train()\n"
-        "finally:\n    print('loaded', {'torch', 'wandb', 'sklearn', 'matplotlib'} & set(sys.modules))\n"
+        "finally:\n    print('loaded', {'torch', 'wandb', 'sklearn', 'vl_convert'} & set(sys.modules))\n"
     )
     command = [sys.executable, "-c", code, *shlex.split(question)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -418,7 +418,7 @@ def test_hydra_s_own_section_without_a_running_job_is_no_job(tmp_path, monkeypat
 def test_registering_loads_nothing_heavy():
     code = (
         "import sys\nfrom diagnostics.configs import register\nregister()\nregister()\n"
-        "print({'torch', 'wandb', 'numpy', 'sklearn', 'matplotlib'} & set(sys.modules))"
+        "print({'torch', 'wandb', 'numpy', 'sklearn', 'vl_convert'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

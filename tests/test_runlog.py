@@ -386,6 +386,6 @@ def test_the_log_costs_no_torch() -> None:
 
 
 def test_plot_draws_the_figures_of_the_run(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("vl_convert")
     write(tmp_path, step(0), step(1))
     assert len(read_run(tmp_path).plot().axes) == 3

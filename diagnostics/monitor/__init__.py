@@ -350,10 +350,10 @@ class Monitor(Guarded, Resumable):
     # what is known
 
     def plot(self) -> Any:
-        """The run's figures so far as one ``matplotlib.figure.Figure``; needs the extra ``figures``."""
+        """The run's figures so far as one :class:`~diagnostics.reports.drawing.Figure`; needs the extra ``figures``."""
         from diagnostics.reports import figures  # noqa: PLC0415 -- the only look to the right, and an extra
 
-        return figures.overview(self.records)
+        return figures.overview(self.records, figures.findings_in(self.records))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""Reports: records and run logs in, figures and pages out. No torch, and matplotlib only when a figure is drawn."""
+"""Reports: records and run logs in, tables, figures and pages out. No torch; numpy and vl-convert only where drawn."""

@@ -1,4 +1,4 @@
-"""A figure: a Vega-Lite specification and its data, drawn by vl-convert as SVG, PNG or PDF and by the page in a browser.
+"""A figure: a Vega-Lite specification and its data, drawn by vl-convert as SVG, PNG or PDF, in a page by the browser.
 
 Text and frames have the colour of the text around them. The other colours can be told apart by the colour-blind, and no
 mark is told by its colour alone.
@@ -19,6 +19,7 @@ Specification = dict[str, Any]
 Data = Mapping[str, Sequence[Mapping[str, Any]]]
 
 INK = "currentColor"
+PRINTED = "#202226"
 GREY = "#7b7f87"
 BLUE, ORANGE, GREEN, ALARM, BLACK = "#3a86d0", "#d9730d", "#1f9e78", "#e5174f", "#000000"
 SERIES = (BLUE, ORANGE, GREEN, "#b05cc2", "#8c6d1f", "#d1548a", "#5b6bd6", GREY)
@@ -48,7 +49,13 @@ def look(ink: str = INK) -> Specification:
         >>> look("black")["axis"]["labelColor"]
         'black'
     """
-    words = {"labelColor": ink, "titleColor": ink, "labelFontSize": 10, "titleFontSize": 11, "titleFontWeight": "normal"}
+    words = {
+        "labelColor": ink,
+        "titleColor": ink,
+        "labelFontSize": 10,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+    }
     return {
         "aria": False,
         "background": None,
@@ -94,7 +101,7 @@ class Figure:
         height: In points, where it depends on the data; the specification's if None.
 
     Example:
-        >>> bars = {"data": {"name": "bars"}, "mark": "bar", "encoding": {"x": {"field": "size", "type": "quantitative"}}}
+        >>> bars = {"data": {"name": "bars"}, "mark": "bar", "encoding": {"x": {"field": "size"}}}
         >>> Figure("bars", "Sizes", bars, {"bars": [{"size": 3}]}).svg().startswith("<svg")
         True
     """
@@ -119,12 +126,13 @@ class Figure:
             "config": look(ink),
             "background": None,
             "padding": 4,
-            **self._view(width),
+            **self.view(width),
         }
 
     def svg(self, width_cm: float | None = None) -> str:
         """The figure as an SVG element, transparent, in the colour of the text around it."""
-        return _draw("svg", self.full(_points(width_cm)))
+        drawn: str = _draw("svg", self.full(_points(width_cm)))
+        return drawn
 
     def png(self, width_cm: float | None = None, scale: float = 2.0) -> bytes:
         """The figure as a PNG on white.
@@ -134,11 +142,13 @@ class Figure:
             scale: Pixels per point where no width is given.
         """
         scale = scale if width_cm is None else PRINT_DPI / 72
-        return _draw("png", {**self.full(_points(width_cm), "#202226"), "background": "white"}, scale=scale)
+        drawn: bytes = _draw("png", {**self.full(_points(width_cm), PRINTED), "background": "white"}, scale=scale)
+        return drawn
 
     def pdf(self, width_cm: float | None = None) -> bytes:
         """The figure as a PDF of one page, text as text."""
-        return _draw("pdf", self.full(_points(width_cm), "#202226"))
+        drawn: bytes = _draw("pdf", self.full(_points(width_cm), PRINTED))
+        return drawn
 
     def save(self, path: str | Path, width_cm: float | None = None) -> Path:
         """Writes the figure in the format that the file's ending names: ``.pdf``, ``.svg`` or ``.png``.
@@ -147,18 +157,18 @@ class Figure:
             ValueError: Another ending.
         """
         path = Path(path)
-        drawn = {".pdf": self.pdf, ".svg": self.svg, ".png": self.png}.get(path.suffix)
-        if drawn is None:
-            endings = ", ".join(f".{ending}" for ending in FORMATS)
-            raise ValueError(f"A figure's file must end in one of {endings}; got {path.name!r}.")
-        content = drawn(width_cm)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        if path.suffix == ".svg":
+            path.write_text(self.svg(width_cm), encoding="utf-8")
+        elif path.suffix in (".pdf", ".png"):
+            path.write_bytes(self.pdf(width_cm) if path.suffix == ".pdf" else self.png(width_cm))
+        else:
+            raise ValueError(f"A figure's file must end in .pdf, .svg or .png; got {path.name!r}.")
         return path
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         return {"image/svg+xml": self.svg(), "text/plain": self.words or self.title}
 
-    def _view(self, width: float | None) -> Specification:
+    def view(self, width: float | None = None) -> Specification:
         """The view with its data and title, as it can also stand in a grid."""
         title = {"title": {"text": self.title, **({"subtitle": _wrapped(self.note)} if self.note else {})}}
         size: Specification = {} if self.height is None else {"height": self.height}
@@ -177,7 +187,7 @@ def grid(name: str, rows: Sequence[tuple[str, Sequence[Figure]]]) -> Figure:
     apart = {"scale": dict.fromkeys(("color", "shape", "strokeDash", "fill"), "independent")}
     lines = []
     for heading, figures in rows:
-        line: Specification = {"hconcat": [one._view(None) for one in figures], "spacing": 40, "resolve": apart}
+        line: Specification = {"hconcat": [one.view() for one in figures], "spacing": 40, "resolve": apart}
         lines.append({**line, "title": {"text": heading, "fontSize": 14}} if heading else line)
     words = " ".join(one.words for _, figures in rows for one in figures)
     return Figure(name, "", {"vconcat": lines, "resolve": apart} if len(lines) > 1 else lines[0], {}, words=words)

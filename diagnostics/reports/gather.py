@@ -9,7 +9,7 @@ from pathlib import Path
 from diagnostics.records import SEVERITY_NAMES
 from diagnostics.reports.page import PAGE, write_page
 from diagnostics.reports.stopping import tell_stopping
-from diagnostics.reports.view import judge, number
+from diagnostics.reports.view import number
 from diagnostics.runlog import FILE_NAME, Run, read_run
 
 HEADINGS = ("run", "overrides that differ", "verdict", "slope", "clipped", "violations", "loss", "status")
@@ -76,7 +76,7 @@ def summarize(run: Run) -> Summary:
         >>> summarize(Run(None, (), (), None, Path("mlp/run.jsonl"))).status
         'no end'
     """
-    verdict = judge(run)
+    verdict = run.judge()
     return Summary(
         path=run.path,
         name=run.info.name if run.info else run.path.parent.name,

@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.reports import specifications
 from diagnostics.reports.comparison import Comparison
 from diagnostics.reports.drawing import Figure
-from diagnostics.reports.figures import axis_frame, floats, rounded
+from diagnostics.reports.figures.numbers import (
+    axis_frame,
+    floats,
+    rounded,
+)
 from diagnostics.reports.fleet import Fleet
 from diagnostics.reports.history import History
-from diagnostics.reports.thinning import cells
+from diagnostics.reports.specifications import BY_NAME
+from diagnostics.reports.thinning import (
+    cells,
+)
 
 MOST_LINES = 8  # colours and shapes that can be told apart
 
@@ -34,7 +40,7 @@ def overlay(profiles: Mapping[str, Sequence[Sequence[float | None]]]) -> Figure:
     return Figure(
         name,
         "Output gradient over depth, run by run",
-        specifications.BY_NAME[name],
+        BY_NAME[name],
         {"runs": table, "frame": axis_frame("log10", heights)},
         words=f"Output gradient over depth of {len(table)} runs or groups of runs at their last recorded step.",
     )
@@ -54,11 +60,13 @@ def band(profiles: Sequence[Sequence[float | None]]) -> dict[str, list[Any]]:
     known = np.isfinite(values).any(axis=0)
     depths = np.flatnonzero(known)
     last = max(values.shape[1] - 1, 1)
-    ends = {"low": np.nanmin, "median": np.nanmedian, "high": np.nanmax}
+    low, median, high = np.nanquantile(values[:, known], (0, 0.5, 1), axis=0)
     return {
         "depth": depths.tolist(),
         "relative": rounded(depths / last),
-        **{name: rounded(take(values[:, known], axis=0)) for name, take in ends.items()},
+        "low": rounded(low),
+        "median": rounded(median),
+        "high": rounded(high),
     }
 
 
@@ -83,17 +91,13 @@ def compared(comparison: Comparison) -> tuple[Figure, Figure]:
     """
     depths = list(comparison.depths)
     sides = [
-        {
-            "run": one.label,
-            "depth": depths,
-            "relative": depths,
-            **{name: rounded(np.array(getattr(one, of))) for name, of in (("low", "low"), ("median", "profile"), ("high", "high"))},
-        }
+        {"run": one.label, "depth": depths, "relative": depths}
+        | {"low": _numbers(one.low), "median": _numbers(one.profile), "high": _numbers(one.high)}
         for one in comparison.sides
     ]
-    heights = np.concatenate([floats(side[end]) for side in sides for end in ("low", "high")])
+    heights = np.array([[one.low, one.high] for one in comparison.sides])
     apart = [
-        {"side": one.label, "relative": depths, "decades": rounded(np.array(comparison.differences(index)))}
+        {"side": one.label, "relative": depths, "decades": _numbers(comparison.differences(index))}
         for index, one in enumerate(comparison.sides)
         if index
     ]
@@ -101,7 +105,7 @@ def compared(comparison: Comparison) -> tuple[Figure, Figure]:
         Figure(
             "overlay_relative",
             "Output gradient over depth",
-            specifications.BY_NAME["overlay_relative"],
+            BY_NAME["overlay_relative"],
             {"runs": sides, "frame": axis_frame("log10", heights)},
             "each run's median over its recorded steps; the band spans the runs",
             comparison.sentence,
@@ -109,14 +113,16 @@ def compared(comparison: Comparison) -> tuple[Figure, Figure]:
         Figure(
             "differences",
             f"Difference to {comparison.sides[0].label}",
-            specifications.BY_NAME["differences"],
+            BY_NAME["differences"],
             {"differences": apart},
             words=comparison.sentence,
         ),
     )
 
 
-def of_fleet(fleet: Fleet, described: Mapping[Any, Mapping[str, Any]], comparison: Comparison | None = None) -> list[Figure]:
+def of_fleet(
+    fleet: Fleet, described: Mapping[Any, Mapping[str, Any]], comparison: Comparison | None = None
+) -> list[Figure]:
     """The figures of many runs: an overlay of the sickest rows, and the comparison where there is one.
 
     Args:
@@ -128,3 +134,7 @@ def of_fleet(fleet: Fleet, described: Mapping[Any, Mapping[str, Any]], compariso
     for row in fleet.rows[:MOST_LINES]:
         profiles[row.label] = [described[path]["profile"] for path in row.logs if path in described]
     return [overlay(profiles), *(compared(comparison) if comparison else ())]
+
+
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    return rounded(np.array(values))

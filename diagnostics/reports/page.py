@@ -106,7 +106,9 @@ def render(title: str, fleet: Mapping[str, Any] | None, runs: Iterable[Mapping[s
         "title": html.escape(title),
         "hashes": " ".join(map(_hash, (library, script))),
         "style": (HERE / "page.css").read_text(encoding="utf-8").strip(),
-        "data": "\n".join(f'<script type="application/json" id="{name}">{_json(one)}</script>' for name, one in tables.items()),
+        "data": "\n".join(
+            f'<script type="application/json" id="{name}">{_json(one)}</script>' for name, one in tables.items()
+        ),
         "library": library,
         "script": script,
     }
@@ -116,10 +118,12 @@ def render(title: str, fleet: Mapping[str, Any] | None, runs: Iterable[Mapping[s
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and what embeds them, which leave nothing but their names behind."""
+    """Vega, Vega-Lite and what embeds them, which leave nothing but a name behind."""
     import vl_convert
 
-    text = re.sub("</(script)", r"<\\/\1", vl_convert.javascript_bundle(), flags=re.IGNORECASE)
+    text = re.sub(
+        "</(script)", r"<\\/\1", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), flags=re.IGNORECASE
+    )
     return f"(() => {{{text}\n}})();"
 
 
@@ -182,11 +186,13 @@ def _row(
     profiles = [described[path]["profile"] for path in row.logs if path in described]
     many = len(row.members) > 1
     members = [Row(_own(one, row), (one,)) for one in row.members] if many else []
-    made = {
+    mark = _badge(first)
+    words = [row.label, *row.overrides, mark[0], status, *row.violations, *(one.name for one in row.members)]
+    return {
         "id": place,
         "label": row.label,
         "overrides": list(row.overrides),
-        "badge": list(_badge(first)),
+        "badge": list(mark),
         "severity": row.severity,
         "violations": list(row.violations),
         "runs": len(row.members),
@@ -199,9 +205,8 @@ def _row(
         "members": [_row(f"{place}.{at}", one, described, numbers) for at, one in enumerate(members)],
         "band": band(profiles) or None,
         "depths": max(map(len, profiles), default=0),
+        "words": " ".join(words).lower(),
     }
-    words = [row.label, *row.overrides, made["badge"][0], status, *row.violations, *(one.name for one in row.members)]
-    return {**made, "words": " ".join(words).lower()}
 
 
 def _own(member: Summary, row: Row) -> tuple[str, ...]:
@@ -227,4 +232,3 @@ def _compared(comparison: Comparison | None) -> tuple[Figure, ...]:
     from diagnostics.reports.overlays import compared
 
     return compared(comparison) if comparison else ()
-

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.diagnosis import State, advance, verdict
-from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.records import (
     NONFINITE,
     SEVERITY_NAMES,
@@ -22,7 +20,6 @@ from diagnostics.records import (
     Diagnosis,
     Remedy,
     RunInfo,
-    StepRecord,
     Verdict,
     Violation,
 )
@@ -79,14 +76,14 @@ def describe(run: Run, columns: int = WIDEST) -> View:
         from diagnostics.reports.overlays import last_profile
 
     info = run.info or RunInfo(name=run.path.parent.name or "run")
-    judgement = judge(run)
+    judgement = run.judge()
     apart = histories(run.records)
     found = {name: findings_of(run, name) for name in apart}
     return {
         "name": info.name,
         "badges": list(_badges(judgement, run)),
         "headline": _sentence(judgement.text),
-        "ending": _ending(run),
+        "ending": _ending(run, max((int(one.steps[-1]) for one in apart.values()), default=None)),
         "troubles": list(_troubles(run, judgement)),
         "parts": [_part(one, found[name], columns) for name, one in apart.items()],
         "facts": list(_facts(info, run)),
@@ -104,21 +101,12 @@ def figures_of(run: Run) -> list[Figure]:
         from diagnostics.reports.whatif import what_if
 
     apart = histories(run.records).items()
-    return [
-        figure for name, one in apart for figure in of_history(one, findings_of(run, name), what_if(one))
-    ]
+    return [figure for name, one in apart for figure in of_history(one, findings_of(run, name), what_if(one))]
 
 
 def findings_of(run: Run, optimizer: str) -> list[Finding]:
-    """Diagnoses and violations that the records of one optimizer carry, each in its last state."""
-    diagnoses: dict[tuple[str, int], Diagnosis] = {}
-    violations: dict[tuple[str, tuple[str, ...]], Violation] = {}
-    for record in run.records:
-        if record.optimizer == optimizer:
-            diagnoses |= {(one.condition, one.step): one for one in record.diagnoses}
-            for one in record.violations:
-                violations.setdefault((one.rule, one.parameters), one)
-    return [*(one for one in diagnoses.values() if one.confirmed), *violations.values()]
+    """What a figure of one optimizer marks: its confirmed diagnoses; and broken rules, which are of the whole loop."""
+    return [*(one for one in run.diagnoses_of(optimizer) if one.confirmed), *run.violations]
 
 
 def number(value: float | None) -> str:
@@ -135,22 +123,6 @@ def number(value: float | None) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:.3g}"
-
-
-def judge(run: Run) -> Verdict:
-    """What the run said at its end; without an end, what it would have said after its last record.
-
-    Example:
-        >>> from pathlib import Path
-        >>> judge(Run(None, (), (), None, Path("mlp/run.jsonl"))).condition
-        'unknown'
-    """
-    if run.verdict:
-        return run.verdict
-    state = State()
-    for record in run.records:
-        state, _ = advance(state, record, Thresholds())
-    return verdict(state, run.violations)
 
 
 def badge(condition: str, severity: int, *, unlawful: bool) -> tuple[str, str]:
@@ -181,10 +153,10 @@ def _named(condition: str, severity: int) -> str:
     return word if severity == NONFINITE else f"{condition} · {word}"
 
 
-def _ending(run: Run) -> str:
+def _ending(run: Run, last: int | None) -> str:
     if run.end is None:
-        last = f" after step {run.records[-1].step:,}" if run.records else " before its first step"
-        return f"The run log has no end: the run is still going on, or was killed{last}."
+        where = " before its first step" if last is None else f" after step {last:,}"
+        return f"The run log has no end: the run is still going on, or was killed{where}."
     error = f": {run.end.error}" if run.end.error else ""
     when = f" on {_date(run.end.ended)}" if run.end.ended else ""
     return f"{run.end.status.capitalize()}{when} after {run.end.steps:,} steps{error}"
@@ -230,7 +202,8 @@ def _sentence(text: str) -> str:
 
 def _part(history: History, found: Sequence[Finding], columns: int) -> View:
     """What one optimizer did."""
-    from diagnostics.reports.figures import named, of_history
+    from diagnostics.reports.figures import of_history
+    from diagnostics.reports.figures.numbers import named
     from diagnostics.reports.whatif import what_if
 
     answers = what_if(history)

@@ -27,7 +27,7 @@ version. Of a block that was not written to its end nothing is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -77,12 +77,20 @@ class Run:
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
         """Every diagnosis in order of appearance, in its last state: what cleared has ``cleared`` set."""
+        return tuple(self._last_diagnoses.values())
+
+    def diagnoses_of(self, optimizer: str) -> tuple[Diagnosis, ...]:
+        """Those that the records of one optimizer carry."""
+        return tuple(one for (name, _, _), one in self._last_diagnoses.items() if name == optimizer)
+
+    @property
+    def _last_diagnoses(self) -> Mapping[tuple[str, str, int], Diagnosis]:
         if isinstance(self.records, Records):
-            return tuple(self.records.contents.diagnoses.values())
+            return self.records.contents.diagnoses
         last: dict[tuple[str, str, int], Diagnosis] = {}
         for record in self.records:
             last |= {(record.optimizer, one.condition, one.step): one for one in record.diagnoses}
-        return tuple(last.values())
+        return last
 
     @property
     def verdict(self) -> Verdict | None:
@@ -101,9 +109,10 @@ class Run:
         return verdict(State.told(self.diagnoses, sum(record.recorded for record in self.records)), self.violations)
 
     def plot(self) -> Any:
-        """A ``matplotlib.figure.Figure``: heatmap over depth and steps, depth profile with its fit, norms."""
-        # Figures know run logs, not the other way round; and a reader of logs must not need matplotlib.
-        return import_module("diagnostics.reports.figures").overview(self.records)
+        """A :class:`~diagnostics.reports.drawing.Figure`: heatmap over depth and steps, profile with its fit, norms."""
+        # Figures know run logs, not the other way round; and a reader of logs must not need the library that draws.
+        draw = import_module("diagnostics.reports.figures").overview
+        return draw(self.records, lambda optimizer: [*self.diagnoses_of(optimizer), *self.violations])
 
 
 def read_run(path: str | Path) -> Run:
