@@ -103,21 +103,28 @@ def train() -> None:
 
 
 def report() -> None:
-    """Prints a row for each run at or below the given places, the sickest first, and makes their pages."""
-    import argparse
+    """Prints a row for each run at or below the given places, the sickest first, and writes one page for all."""
     import shutil
 
-    from diagnostics.reports import gather
+    from diagnostics.reports.report import Report
+    from diagnostics.reports.request import USAGE, parse
 
-    parser = argparse.ArgumentParser(description="One row per run, the sickest first, and a page beside each run log.")
-    parser.add_argument("places", nargs="+", metavar="folder", help="of a run or a sweep, or of several; or a run log")
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & {*words}:
+        print(USAGE, end="")
+        sys.exit(0 if words else 2)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than a name has
     try:
-        for line in gather.report(parser.parse_args().places, width):
+        made = Report(parse(words), width)
+        for line in made.printed():
             print(line, flush=True)
-    except FileNotFoundError as error:
+        # What another program reads from stdout is the report alone.
+        place = sys.stdout if made.request.format == "text" else sys.stderr
+        for line in ("", *made.written()) if place is sys.stdout else made.written():
+            print(line, file=place, flush=True)
+    except (FileNotFoundError, ValueError, ModuleNotFoundError) as error:
         sys.exit(str(error))
 
 

@@ -94,7 +94,7 @@ WITHOUT_TORCH = (
     "runlog",
     "runlog.names",
     "runlog.plain",
-    "runlog.columns",
+    "runlog.packing",
     "runlog.shapes",
     "runlog.reading",
     "runlog.writing",
@@ -116,6 +116,8 @@ HOMES = {
     "hydra": {"configs", "jobs", "cli"},  # jobs asks which job runs now, for our trainers and for other people's apps
     "omegaconf": {"configs", "jobs", "cli"},
     "vl_convert": {"reports.drawing", "reports.page"},
+    "polars": {"runlog.frame"},
+    "pandas": {"runlog.frame"},
     "sklearn": {"trainers.tasks"},
     "tqdm": {"trainers.progress"},
 }

@@ -144,7 +144,7 @@ def _cells(piece: Numbers, name: str, depths: int) -> tuple[NDArray[np.float64],
 
 
 def _spread(piece: Numbers, name: str, depths: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    column = next(one for one in piece.shape.columns if one.name == name)
+    column = next(one for one in piece.shape.fields if one.name == name)
     there = measured(column, depths)
     values = np.full((len(piece.places), depths), np.nan)
     values[:, there] = piece.columns[name]

@@ -90,7 +90,7 @@ def relative_profile(history: History) -> NDArray[np.float64]:
     return profile
 
 
-def compare(fleets: Mapping[str, Fleet], profiles: Mapping[str, Sequence[NDArray[np.float64]]]) -> Comparison:
+def compare(fleets: Mapping[str, Fleet], profiles: Mapping[str, Sequence[Sequence[float]]]) -> Comparison:
     """Puts folders side by side.
 
     Args:
@@ -105,7 +105,7 @@ def compare(fleets: Mapping[str, Fleet], profiles: Mapping[str, Sequence[NDArray
     return Comparison(GRID, sides, _sentence(sides[0], sides[-1]))
 
 
-def _side(label: str, runs: Sequence[Summary], profiles: Sequence[NDArray[np.float64]]) -> Side:
+def _side(label: str, runs: Sequence[Summary], profiles: Sequence[Sequence[float]]) -> Side:
     known = [profile for profile in profiles if np.isfinite(profile).any()]
     table = np.array(known) if known else np.full((1, len(GRID)), np.nan)
     conditions = [run.condition for run in runs]

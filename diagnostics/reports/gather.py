@@ -1,52 +1,61 @@
-"""Many run logs → one table in the terminal, the sickest run first, and each run's page beside its log."""
+"""Many run logs → the fleet: found wherever they lie, each looked at once, and none stops the others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from diagnostics.records import SEVERITY_NAMES
-from diagnostics.reports.page import PAGE, write_page
-from diagnostics.reports.stopping import tell_stopping
-from diagnostics.reports.view import number
+from diagnostics.records import StepRecord
+from diagnostics.reports.fleet import Fleet, Summary, assemble, flatten
 from diagnostics.runlog import FILE_NAME, Run, read_run
 
-HEADINGS = ("run", "overrides that differ", "verdict", "slope", "clipped", "violations", "loss", "status")
-WORDS = 3  # the first columns are words, the others numbers, but for the last
+if TYPE_CHECKING:
+    from diagnostics.reports.comparison import Comparison
+
+MANY = 32
+"""From so many logs on, more than one process pays."""
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """One run as a row of the table.
+class Look:
+    """What a report keeps of a run log.
 
     Attributes:
-        path: The run log.
-        name: For people.
-        overrides: All of its Hydra overrides.
-        condition: The verdict's, or so far if the run has no end.
-        severity: Likewise.
-        slope: The last backward slope, in decades per layer; None if no step had one.
-        clipped: Share of the steps whose gradients were clipped; None without a step.
-        violations: Rules of the loop that were broken.
-        loss: Of the last step.
-        status: ``finished``, ``stopped``, ``failed``, ``interrupted``, or ``no end``.
+        summary: Its row; None if the log cannot be read.
+        described: What the page shows of it; None where no page is wanted.
+        profile: Its part in a comparison, as ``comparison.relative_profile`` gives it; empty where there is none.
+        trouble: Why the log, or its page, is missing.
     """
 
-    path: Path
-    name: str
-    overrides: tuple[str, ...]
-    condition: str
-    severity: int
-    slope: float | None
-    clipped: float | None
-    violations: int
-    loss: float | None
-    status: str
+    summary: Summary | None
+    described: Mapping[str, Any] | None = None
+    profile: tuple[float, ...] = ()
+    trouble: str | None = None
 
 
-def find_logs(places: Iterable[str | Path]) -> list[Path]:
-    """The run logs at or below the places, each once.
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """All that a report is made from.
+
+    Attributes:
+        fleet: The rows.
+        described: What a page shows, by the path of the run log.
+        comparison: Of the places, where there are several.
+    """
+
+    fleet: Fleet
+    described: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+    comparison: Comparison | None = None
+
+
+def find_logs(places: Iterable[str | Path]) -> dict[Path, Path]:
+    """The run logs at or below the places, each once, with the place that it was found at.
 
     Raises:
         FileNotFoundError: A place does not exist, or no run log lies there.
@@ -56,118 +65,73 @@ def find_logs(places: Iterable[str | Path]) -> list[Path]:
         Traceback (most recent call last):
         FileNotFoundError: There is no nowhere; give the folder of a run, of a sweep, or of several.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, Path]] = {}
     folders = list(map(Path, places))
     for place in folders:
         if not place.exists():
             raise FileNotFoundError(f"There is no {place}; give the folder of a run, of a sweep, or of several.")
-        logs = [place] if place.is_file() else sorted(place.rglob(FILE_NAME))
-        found |= {log.resolve(): log for log in logs if log.resolve() not in found}
+        for log in [place] if place.is_file() else sorted(place.rglob(FILE_NAME)):
+            found.setdefault(log.resolve(), (log, place))
     if not found:
         where = ", ".join(map(str, folders))
         raise FileNotFoundError(f"There is no run log ({FILE_NAME}) in {where}; sink=[runlog] makes a run write one.")
-    return list(found.values())
+    return dict(found.values())
 
 
-def summarize(run: Run) -> Summary:
+def summarize(run: Run, place: Path | None = None) -> Summary:
     """A run in one row.
+
+    Args:
+        run: As ``read_run`` returns it; it may have crashed or be going on.
+        place: Where it was found; its own folder if None.
 
     Example:
         >>> summarize(Run(None, (), (), None, Path("mlp/run.jsonl"))).status
         'no end'
     """
-    verdict = run.judge()
+    verdict, info = run.judge(), run.info
+    fit = next((one.fit for one in _newest(run.records) if one.fit), None)
     return Summary(
         path=run.path,
-        name=run.info.name if run.info else run.path.parent.name,
-        overrides=run.info.overrides if run.info else (),
+        place=run.path.parent if place is None else place,
+        name=info.name if info else run.path.parent.name,
+        overrides=info.overrides if info else (),
+        config=dict(flatten(info.config)) if info else {},
+        seed=info.seed if info else None,
         condition=verdict.condition,
         severity=verdict.severity,
-        slope=next((one.fit.slope for one in reversed(run.records) if one.fit), None),
-        clipped=sum(one.clip.applied for one in run.records) / len(run.records) if run.records else None,
-        violations=len(run.violations),
-        loss=next((one.loss for one in reversed(run.records) if one.loss is not None), None),
+        slope=fit.slope if fit else None,
+        decades=fit.decades if fit else None,
+        clip_fraction=_clip_fraction(run),
+        violations=tuple(one.rule for one in run.violations),
+        loss=next((one.loss for one in _newest(run.records) if one.loss is not None), None),
+        steps=run.records[-1].step + 1 if run.records else 0,
         status=run.end.status if run.end else "no end",
+        error=run.end.error if run.end else None,
     )
 
 
-def by_health(rows: Iterable[Summary]) -> list[Summary]:
-    """The sickest first: by severity, then by broken rules; after that runs that did not finish, then by name.
-
-    Example:
-        >>> by_health([])
-        []
-    """
-    return sorted(rows, key=lambda row: (-row.severity, -row.violations, row.status == "finished", row.name))
+def _newest(records: Sequence[StepRecord]) -> Iterator[StepRecord]:
+    """From the last on, and no further than a report need look for a number that stands on some steps only."""
+    return (records[place] for place in range(len(records) - 1, max(-1, len(records) - 1001), -1))
 
 
-def table(rows: Sequence[Summary], width: int | None = None) -> str:
-    """The rows as text; a column in which no row says anything of its own is left out.
-
-    Args:
-        rows: In the order of the table.
-        width: Columns of the terminal, to which the words are cut; None cuts nothing.
-
-    Returns:
-        Lines under a line of headings.
-    """
-    common = set.intersection(*(set(row.overrides) for row in rows)) if len(rows) > 1 else set()
-    cells = [HEADINGS, *(_cells(row, common) for row in rows)]
-    if all(line[1] in ("", line[0]) for line in cells[1:]):
-        cells = [(line[0], *line[2:]) for line in cells]
-    words = len(cells[0]) - len(HEADINGS) + WORDS
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if width is not None:
-        spare = width - sum(widths[words - 1 :]) - 2 * (len(widths) - 1)
-        widths[: words - 1] = _share_out(widths[: words - 1], max(spare, 0))
-    return "\n".join(_line(line, widths, words) for line in cells)
+def _clip_fraction(run: Run) -> float | None:
+    """As the run itself counted it, or else from its steps."""
+    told = run.end.summary.get("clip_fraction") if run.end else None
+    if told is None and run.records and len({record.optimizer for record in run.records[-10:]}) == 1:
+        told = run.records[-1].clip.clip_fraction
+    if told is not None or not run.records:
+        return told
+    return sum(record.clip.applied for record in run.records) / len(run.records)
 
 
-def _cells(row: Summary, common: set[str]) -> tuple[str, ...]:
-    return (
-        _clean(row.name),
-        _clean(" ".join(one for one in row.overrides if one not in common)),
-        f"{row.condition} ({SEVERITY_NAMES[row.severity]})" if row.severity else row.condition,
-        "–" if row.slope is None else f"{row.slope:+.2f}",
-        "–" if row.clipped is None else f"{row.clipped:.0%}",
-        str(row.violations),
-        number(row.loss),
-        row.status,
-    )
-
-
-def _share_out(widths: Sequence[int], spare: int) -> list[int]:
-    """Columns that together are not wider than what there is, but wide enough to tell one run from another."""
-    fair = max(spare // len(widths), 12)
-    return [min(width, max(fair, spare - sum(widths) + width)) for width in widths]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], words: int) -> str:
-    padded = [
-        f"{_cut(cell, width):{'<' if place < words or place == len(cells) - 1 else '>'}{width}}"
-        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join(padded).rstrip()
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _clean(text: str) -> str:
-    """Names and overrides come from other people: nothing in them may move the cursor."""
-    return "".join(one if one.isprintable() else " " for one in text)
-
-
-def report(places: Iterable[str | Path], width: int | None = None) -> Iterator[str]:
-    """What is to be said about all runs at or below the places; makes the pages that are missing or out of date.
+def gather(places: Iterable[str | Path], *, page: bool = False) -> Gathered:
+    """Looks at every run log at or below the places.
 
     Args:
-        places: Run logs, folders of runs, of sweeps, or folders of those.
-        width: Columns of the terminal; None for as many as there need to be.
-
-    Yields:
-        The table, then lines about runs that were stopped, pages, and logs that cannot be read.
+        places: Run logs, folders of runs, of sweeps, or folders of those. Several are compared with the first.
+        page: Whether what a page shows is wanted, too.
 
     Raises:
         FileNotFoundError: A place does not exist, or there is no run log.
@@ -180,40 +144,72 @@ def report(places: Iterable[str | Path], width: int | None = None) -> Iterator[s
         ...     writer = RunLogWriter(folder)
         ...     writer.write(RunInfo(name="mlp"))
         ...     writer.close()
-        ...     print(next(report([folder])))
-        run  verdict  slope  clipped  violations  loss  status
-        mlp  unknown      –        –           0     –  no end
+        ...     gather([folder]).fleet.rows[0].label
+        'mlp'
     """
-    rows: list[Summary] = []
-    troubles: list[str] = []
-    pages: dict[Path, str] = {}
-    runs: list[Run] = []
-    for log in find_logs(places):
-        try:
-            run = read_run(log)
-        except (OSError, ValueError) as error:
-            troubles.append(str(error))
-            continue
-        runs.append(run)
-        rows.append(summarize(run))
-        pages[log] = _page(run)
-    rows = by_health(rows)
-    if rows:
-        yield table(rows, width)
-        yield ""
-        yield from tell_stopping(runs)
-        yield from dict.fromkeys(pages[row.path] for row in rows)
-    yield from troubles
+    logs = find_logs(places)
+    several = len(set(logs.values())) > 1
+    looks = list(_each(partial(_look, page=len(logs) if page else 0, profile=several), logs.items()))
+    summaries = [look.summary for look in looks if look.summary]
+    fleet = assemble(summaries, dict.fromkeys(look.trouble for look in looks if look.trouble))
+    described = {look.summary.path: look.described for look in looks if look.summary and look.described}
+    return Gathered(fleet, described, _compare(looks) if several else None)
 
 
-def _page(run: Run) -> str:
-    """Makes the page unless it is newer than the log; a page that cannot be made must not hide the table."""
-    page = run.path.with_name(PAGE)
+def _each(look: Any, logs: Iterable[tuple[Path, Path]]) -> Iterator[Look]:
+    """Looks at all logs, with as many processes as there are processors where there are many."""
+    logs, processors = list(logs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if len(logs) < MANY or processors < 2:
+        yield from map(look, logs)
+        return
+    # A new interpreter each: a copy of a process that has threads, as numpy's, may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processors, 8), mp_context=context) as pool:
+        yield from pool.map(look, logs, chunksize=8)
+
+
+def _look(found: tuple[Path, Path], page: int, *, profile: bool) -> Look:
+    """One run log; one that cannot be read must not hide the others.
+
+    Args:
+        found: The log, and the place that it was found at.
+        page: Number of runs on the page; 0 for no page.
+        profile: Whether it is part of a comparison.
+    """
+    log, place = found
     try:
-        if not page.exists() or page.stat().st_mtime < run.path.stat().st_mtime:
-            write_page(run)
+        run = read_run(log)
+        summary = summarize(run, place)
+    except (OSError, ValueError) as error:
+        return Look(None, trouble=str(error))
+    try:
+        return Look(summary, _describe(run, page) if page else None, _profile(run) if profile else ())
     except ModuleNotFoundError as error:
-        return str(error)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, the other runs are more important
-        return f"{page} could not be written ({type(error).__name__}: {error})."
-    return str(page)
+        return Look(summary, trouble=str(error))
+    except Exception as error:  # noqa: BLE001 -- whatever it is, the table is more important
+        return Look(summary, trouble=f"{log} cannot be drawn ({type(error).__name__}: {error}).")
+
+
+def _describe(run: Run, runs: int) -> Mapping[str, Any]:
+    from diagnostics.reports.view import columns_for, describe  # noqa: PLC0415 -- only where a page is wanted
+
+    return describe(run, columns_for(runs))
+
+
+def _profile(run: Run) -> tuple[float, ...]:
+    from diagnostics.reports.comparison import relative_profile  # noqa: PLC0415 -- numpy
+    from diagnostics.reports.history import histories  # noqa: PLC0415 -- likewise
+
+    first = next(iter(histories(run.records, ("trunk_rms",)).values()), None)
+    return () if first is None else tuple(map(float, relative_profile(first)))
+
+
+def _compare(looks: Sequence[Look]) -> Comparison:
+    from diagnostics.reports.comparison import compare  # noqa: PLC0415 -- numpy
+
+    known: dict[str, list[Look]] = {}
+    for look in looks:
+        if look.summary:
+            known.setdefault(str(look.summary.place), []).append(look)
+    fleets = {place: assemble(look.summary for look in own if look.summary) for place, own in known.items()}
+    return compare(fleets, {place: [look.profile for look in own if look.profile] for place, own in known.items()})

@@ -6,7 +6,7 @@ an object with a key that says what it is, but for the numbers, which are a stri
     {"schema": "training-diagnostics/run", "version": 2}
     {"info": {"name": "mlp", …}}
     {"layers": {"id": 0, "name": ["0", "2"], "kind": ["Linear", "Linear"], …}}
-    {"shape": {"id": 0, "layers": 0, "constants": {"clip.rule": "norm", …}, "columns": [["loss", "float", 1], …]}}
+    {"shape": {"id": 0, "layers": 0, "constants": {"clip.rule": "norm", …}, "fields": [["loss", "float", 1], …]}}
     {"steps": [0, 0, 1, 0], "types": ["fdz…", "fd…"]}
     "mpmZPgAA…"
     {"news": {"violations": [{…}], "diagnoses": [{…}]}}
@@ -15,10 +15,10 @@ an object with a key that says what it is, but for the numbers, which are a stri
 
 What is said once is plain JSON, to be read by people and found by grep. Numbers are packed: the steps since the last
 flush are one block, two lines. The first names each step's shape, which says what kind of number stands in which field
-(a table of layers and a shape are written when they are first seen), and a type per column; the second holds the
-columns of each shape in turn, as base64 of little-endian numbers: ``f`` and ``d`` are floats of four bytes, where that
-loses nothing, or eight; ``b h i q`` integers; ``z`` is nothing but zeros and takes no character. A column ends at a
-multiple of four characters, so that a reader decodes the columns it wants and skips the others. ``rms`` that follows
+(a table of layers and a shape are written when they are first seen), and a type per field; the second holds the
+fields of each shape in turn, as base64 of little-endian numbers: ``f`` and ``d`` are floats of four bytes, where that
+loses nothing, or eight; ``b h i q`` integers; ``z`` is nothing but zeros and takes no character. A field ends at a
+multiple of four characters, so that a reader decodes the fields it wants and skips the others. ``rms`` that follows
 from ``norm`` is left out. News belongs to the last step of the block that follows it.
 
 NaN and the infinities come back as themselves. A reader ignores what it does not know; a change of meaning is a new
@@ -27,13 +27,15 @@ version. Of a block that was not written to its end nothing is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from diagnostics.diagnosis import State, verdict
+from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.records import Diagnosis, RunEnd, RunInfo, StepRecord, Verdict, Violation
 from diagnostics.runlog.names import FILE_NAME, FLUSH_SECONDS, SCHEMA, VERSION, log_file
 from diagnostics.runlog.reading import Records, read
@@ -77,14 +79,25 @@ class Run:
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
         """Every diagnosis in order of appearance, in its last state: what cleared has ``cleared`` set."""
-        return tuple(self._last_diagnoses.values())
+        return tuple(self._diagnoses.values())
 
     def diagnoses_of(self, optimizer: str) -> tuple[Diagnosis, ...]:
         """Those that the records of one optimizer carry."""
-        return tuple(one for (name, _, _), one in self._last_diagnoses.items() if name == optimizer)
+        return tuple(one for (name, _, _), one in self._diagnoses.items() if name == optimizer)
+
+    def violations_of(self, optimizer: str) -> tuple[Violation, ...]:
+        """Those that the records of one optimizer carry, as they were first seen there."""
+        if isinstance(self.records, Records):
+            broken = self.records.contents.broken
+        else:
+            broken = {}
+            for record in self.records:
+                for one in record.violations:
+                    broken.setdefault((record.optimizer, one.rule, one.parameters), one)
+        return tuple(one for (name, _, _), one in broken.items() if name == optimizer)
 
     @property
-    def _last_diagnoses(self) -> Mapping[tuple[str, str, int], Diagnosis]:
+    def _diagnoses(self) -> dict[tuple[str, str, int], Diagnosis]:
         if isinstance(self.records, Records):
             return self.records.contents.diagnoses
         last: dict[tuple[str, str, int], Diagnosis] = {}
@@ -106,13 +119,36 @@ class Run:
         """
         if self.end:
             return self.end.verdict
-        return verdict(State.told(self.diagnoses, sum(record.recorded for record in self.records)), self.violations)
+        recorded = islice((record for record in self.records if record.recorded), Thresholds().confirm)
+        return verdict(State.told(self.diagnoses, len(list(recorded))), self.violations)
 
     def plot(self) -> Any:
         """A :class:`~diagnostics.reports.drawing.Figure`: heatmap over depth and steps, profile with its fit, norms."""
         # Figures know run logs, not the other way round; and a reader of logs must not need the library that draws.
         draw = import_module("diagnostics.reports.figures").overview
         return draw(self.records, lambda optimizer: [*self.diagnoses_of(optimizer), *self.violations])
+
+    def to_frame(self, library: str | None = None, *, layers: bool = True) -> Any:
+        """The run as a data frame of polars or pandas, in long form: one row per step and layer.
+
+        What a step says of itself (``step``, ``loss``, ``clip.total_norm``, ``lr.0``, ``fit.slope``, ``metrics.x`` …)
+        stands in each of its rows, beside ``depth``, ``layer``, ``kind``, ``trunk`` and what was measured of the layer
+        (``output.rms``, ``weight.norm``, ``update_ratio``, ``share`` …). A step without layers is one row. What was not
+        measured is null; a NaN was measured.
+
+        Args:
+            library: ``"polars"`` or ``"pandas"``; the first of them that is installed if None.
+            layers: False for one row per step, without the layers.
+
+        Raises:
+            ModuleNotFoundError: Neither is installed.
+            ValueError: There is no such library.
+            TypeError: The run does not come from ``read_run``.
+        """
+        if not isinstance(self.records, Records):
+            raise TypeError("to_frame needs the records of a run log; use read_run(path).to_frame().")
+        make = import_module("diagnostics.runlog.frame").frame  # numpy
+        return make(self.records.contents, library, layers=layers)
 
 
 def read_run(path: str | Path) -> Run:

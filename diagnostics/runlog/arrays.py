@@ -14,7 +14,7 @@ from mmap import ACCESS_READ, mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from diagnostics.runlog.columns import SIZES, ZERO, Column
+from diagnostics.runlog.packing import SIZES, ZERO, Field
 from diagnostics.runlog.reading import Block, Contents, Layout, Part, Slice
 from diagnostics.runlog.shapes import Shape
 
@@ -53,15 +53,15 @@ def numbers(contents: Contents, wanted: Callable[[str], bool]) -> Iterator[Numbe
             for part in layout.parts:
                 places = (firsts[:, None] + np.array(part.places)).reshape(-1)
                 columns = {
-                    piece.column.name: _decode(data, blocks, part, piece)
+                    piece.field.name: _decode(data, blocks, part, piece)
                     for piece in part.slices
-                    if wanted(piece.column.name)
+                    if wanted(piece.field.name)
                 }
                 yield Numbers(part.shape, places, columns)
 
 
 def _decode(data: mmap, blocks: list[Block], part: Part, piece: Slice) -> NDArray[np.float64]:
-    steps, width = len(blocks) * len(part.places), piece.column.width
+    steps, width = len(blocks) * len(part.places), piece.field.width
     if piece.code == ZERO:
         return np.zeros((steps, width))
     text = b"".join([data[block.start + piece.start : block.start + piece.stop] for block in blocks])
@@ -71,8 +71,8 @@ def _decode(data: mmap, blocks: list[Block], part: Part, piece: Slice) -> NDArra
     return np.ascontiguousarray(raw).view(kind).reshape(steps, width).astype(np.float64)
 
 
-def measured(column: Column, depths: int) -> NDArray[np.bool_]:
-    """Which of the layers a column has a number of, [depths]."""
-    there = np.ones(depths, bool)
-    there[list(column.absent)] = False
+def measured(field: Field, depths: int) -> NDArray[np.bool_]:
+    """Which of the layers have a number of a field, [depths]."""
+    there = np.full(depths, field.rows is None)
+    there[list(field.rows or ())] = True
     return there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,10 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, overload
 
-from diagnostics.records import Diagnosis, LayerRecord, Layers, RunEnd, RunInfo, StepRecord, Violation
-from diagnostics.runlog.columns import Column, decode, length
+from diagnostics.columns import Column
+from diagnostics.records import Diagnosis, Layers, RunEnd, RunInfo, StepRecord, Violation
 from diagnostics.runlog.names import FILE_NAME, SCHEMA, VERSION
+from diagnostics.runlog.packing import BOOLEAN, Field, decode, length
 from diagnostics.runlog.plain import record
 from diagnostics.runlog.shapes import Shape, Table, is_vector, read_shape, read_table
 
@@ -22,9 +24,9 @@ _STEPS = b'{"steps":'
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Where one column lies in the data line of a block: its type code, and its first and last character."""
+    """Where one field lies in the data line of a block: its type code, and its first and last character."""
 
-    column: Column
+    field: Field
     code: str
     start: int
     stop: int
@@ -37,7 +39,7 @@ class Part:
     Attributes:
         shape: Theirs.
         places: Of these steps in the block, ascending.
-        slices: Their columns, in the order of the shape's.
+        slices: Their fields, in the order of the shape's.
     """
 
     shape: Shape
@@ -79,7 +81,17 @@ class Block:
 
 @dataclass
 class Contents:
-    """What a file holds, its steps' numbers still in place."""
+    """What a file holds, its steps' numbers still in place.
+
+    Attributes:
+        path: The file.
+        info: None if the run was killed before it said so.
+        end: None if it never ended.
+        blocks: The steps.
+        violations: By rule and parameters, with the last count.
+        diagnoses: By optimizer, condition and onset, in their last state.
+        broken: The violations of steps by optimizer, rule and parameters, as they were first seen.
+    """
 
     path: Path
     info: RunInfo | None = None
@@ -87,6 +99,7 @@ class Contents:
     blocks: list[Block] = field(default_factory=list)
     violations: dict[tuple[str, tuple[str, ...]], Violation] = field(default_factory=dict)
     diagnoses: dict[tuple[str, str, int], Diagnosis] = field(default_factory=dict)
+    broken: dict[tuple[str, str, tuple[str, ...]], Violation] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -179,11 +192,14 @@ class _Reader:
 
     def _tell(self, news: Mapping[str, Any], layout: Layout) -> None:
         last = next(part.shape for part in layout.parts if layout.count - 1 in part.places)
+        optimizer = last.constants["optimizer"]
         for content in news.get("violations", ()):
-            self.contents.violate(record(Violation, content))
+            violation = record(Violation, content)
+            self.contents.violate(violation)
+            self.contents.broken.setdefault((optimizer, violation.rule, violation.parameters), violation)
         for content in news.get("diagnoses", ()):
             one = record(Diagnosis, content)
-            self.contents.diagnoses[last.constants["optimizer"], one.condition, one.step] = one
+            self.contents.diagnoses[optimizer, one.condition, one.step] = one
 
     def _take(self, content: Any) -> None:
         if not isinstance(content, dict):
@@ -209,10 +225,10 @@ def _layout(content: Mapping[str, Any], shapes: Mapping[int, Shape]) -> Layout:
         places.setdefault(number, []).append(place)
     parts, start = [], 0
     for (number, own), codes in zip(places.items(), content["types"], strict=True):
-        columns = shapes[number].columns
-        lengths = [length(code, one.width * len(own)) for one, code in zip(columns, codes, strict=True)]
+        fields = shapes[number].fields
+        lengths = [length(code, one.width * len(own)) for one, code in zip(fields, codes, strict=True)]
         starts = list(accumulate(lengths, initial=start))
-        slices = tuple(map(Slice, columns, codes, starts, starts[1:]))
+        slices = tuple(map(Slice, fields, codes, starts, starts[1:]))
         parts.append(Part(shapes[number], tuple(own), slices))
         start = starts[-1]
     return Layout(len(numbers), tuple(parts), start)
@@ -284,56 +300,42 @@ def _records(path: Path, block: Block) -> tuple[StepRecord, ...]:
 
 
 def _part(part: Part, data: bytes) -> Iterator[StepRecord]:
-    columns = [_rows(part.slices[place], part, data) for place, _ in part.shape.columns_of_steps()]
-    of_layers = _Layers(part, data)
-    rows = zip(*columns, strict=True) if columns else iter([()] * len(part.places))
-    for place, row in enumerate(rows):
-        layers = Layers() if part.shape.table is None else Layers(of_layers.at(place))
+    fields = [_values(part.slices[place], part, data) for place, _ in part.shape.of_steps]
+    table, columns = part.shape.table, _Columns(part, data)
+    for place, row in enumerate(zip(*fields, strict=True)):
+        layers = Layers() if table is None else Layers.from_columns(table, columns.at(place))
         yield part.shape.record(row, layers)
 
 
-def _rows(piece: Slice, part: Part, data: bytes) -> Sequence[Any]:
+def _numbers(piece: Slice, part: Part, data: bytes) -> array[Any]:
+    count = piece.field.width * len(part.places)
+    return decode(piece.field.kind, piece.code, data[piece.start : piece.stop], count)
+
+
+def _values(piece: Slice, part: Part, data: bytes) -> Sequence[Any]:
     """One entry per step: a number, or a tuple of them."""
-    column, count = piece.column, len(part.places)
-    values = decode(column.kind, piece.code, data[piece.start : piece.stop], column.width * count)
-    if not is_vector(column.name):
-        return values
-    return [tuple(values[place * column.width : (place + 1) * column.width]) for place in range(count)]
+    numbers, width = _numbers(piece, part, data), piece.field.width
+    if is_vector(piece.field.name):
+        return [tuple(numbers[place * width : (place + 1) * width]) for place in range(len(part.places))]
+    return list(map(bool, numbers)) if piece.field.kind == BOOLEAN else numbers
 
 
-class _Layers:
-    """Makes the layers of a block's steps when one of them is looked at."""
+class _Columns:
+    """Makes the columns of the layers when those of one of a block's steps are looked at."""
 
     def __init__(self, part: Part, data: bytes) -> None:
         self._part, self._data = part, data
-        self._columns: dict[str, tuple[Column, list[float]]] | None = None
+        self._found: list[tuple[Field, array[Any]]] | None = None
 
-    def at(self, place: int) -> Callable[[], list[LayerRecord]]:
+    def at(self, place: int) -> Callable[[], dict[str, Column]]:
         return lambda: self._make(place)
 
-    def _make(self, place: int) -> list[LayerRecord]:
-        if self._columns is None:
-            self._columns = dict(self._decoded())
-        numbers = {
-            name: spread(column, values[place * column.width : (place + 1) * column.width])
-            for name, (column, values) in self._columns.items()
-        }
-        return self._part.shape.layer_records(numbers)
-
-    def _decoded(self) -> Iterator[tuple[str, tuple[Column, list[float]]]]:
-        for number, column in self._part.shape.columns_of_layers():
-            piece = self._part.slices[number]
-            text = self._data[piece.start : piece.stop]
-            yield column.name, (column, decode(column.kind, piece.code, text, column.width * len(self._part.places)))
-
-
-def spread(column: Column, values: list[Any]) -> list[Any]:
-    """One entry per layer: the numbers, with None where a layer has none.
-
-    Example:
-        >>> spread(Column("gain", "float", 2, absent=(0,)), [0.5, 0.6])
-        [None, 0.5, 0.6]
-    """
-    for place in column.absent:
-        values.insert(place, None)
-    return values
+    def _make(self, place: int) -> dict[str, Column]:
+        part, shape = self._part, self._part.shape
+        if self._found is None:
+            self._found = [(one, _numbers(part.slices[at], part, self._data)) for at, one in shape.of_layers]
+        made = dict(shape.constant_columns)
+        for one, numbers in self._found:
+            own = numbers[place * one.width : (place + 1) * one.width]
+            made[one.name] = Column(own, one.rows, shape.depths)
+        return made

@@ -6,15 +6,14 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from diagnostics.records import RunEnd, RunInfo, StepRecord, Violation
-from diagnostics.runlog.columns import Column, encode
 from diagnostics.runlog.names import FLUSH_SECONDS, SCHEMA, VERSION, log_file
+from diagnostics.runlog.packing import Field, encode
 from diagnostics.runlog.plain import foreign, plain
-from diagnostics.runlog.shapes import Table, is_of_layer, is_vector, plain_shape, plain_table, shape, take_apart
+from diagnostics.runlog.shapes import Table, pack, plain_shape, plain_table, shape, take_apart
 
 Event: TypeAlias = RunInfo | StepRecord | Violation | RunEnd
 
@@ -54,7 +53,7 @@ class RunLogWriter:
         self._steps: list[tuple[int, list[Any]]] = []
         self._flushed = -math.inf
         self._shapes: dict[tuple[int | None, tuple[Any, ...]], int] = {}
-        self._columns: list[tuple[Column, ...]] = []
+        self._fields: list[tuple[Field, ...]] = []
         self._tables: dict[Table, int] = {}
         self._newest: tuple[Table, int] = ((), -1)
         self._line({"schema": SCHEMA, "version": VERSION})
@@ -93,7 +92,7 @@ class RunLogWriter:
 
     def _step(self, record: StepRecord) -> None:
         kinds, row = take_apart(record)
-        number = self._shape(kinds, tuple(layer.layer for layer in record.layers))
+        number = self._shape(kinds, record.layers.layers)
         if record.violations or record.diagnoses:
             # Before the steps and not behind them: a log that is cut between the two has no step without its news.
             news = {"violations": plain(record.violations), "diagnoses": plain(record.diagnoses)}
@@ -106,12 +105,12 @@ class RunLogWriter:
         if number is None:
             number = self._shapes[table, kinds] = len(self._shapes)
             new = shape(kinds, layers or None)
-            self._columns.append(new.columns)
+            self._fields.append(new.fields)
             self._line({"shape": plain_shape(number, new, table)})
         return number
 
     def _table(self, layers: Table) -> int:
-        if layers != self._newest[0]:  # equal tables mostly hold the same objects, which compare faster than they hash
+        if layers is not self._newest[0]:  # steps share their table, which is slow to hash
             if layers not in self._tables:
                 self._tables[layers] = len(self._tables)
                 self._line({"layers": plain_table(self._tables[layers], layers)})
@@ -128,15 +127,9 @@ class RunLogWriter:
             rows.setdefault(number, []).append(row)
         types, data = [], []
         for number, own in rows.items():
-            coded = [
-                encode(column.kind, list(chain.from_iterable(values)) if _is_wide(column.name) else values)
-                for column, values in zip(self._columns[number], zip(*own, strict=True), strict=True)
-            ]
+            columns = zip(self._fields[number], zip(*own, strict=True), strict=True)
+            coded = [encode(field.kind, pack(field, values)) for field, values in columns]
             types.append("".join(code for code, _ in coded))
             data += [text for _, text in coded]
         self._line({"steps": [number for number, _ in steps], "types": types})
         self._lines.append(f'"{"".join(data)}"')
-
-
-def _is_wide(name: str) -> bool:
-    return is_of_layer(name) or is_vector(name)

@@ -1,0 +1,187 @@
+"""What ``diagnostics-report`` does, from the words of a request to the lines that are printed and the files written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diagnostics.reports.exports import export
+from diagnostics.reports.gather import Gathered, gather
+from diagnostics.reports.page import write_fleet, write_page
+from diagnostics.reports.request import WANDB, Request
+from diagnostics.reports.stopping import tell_stopping
+from diagnostics.reports.table import clean, in_terminal, tabulate
+from diagnostics.runlog import read_run
+
+if TYPE_CHECKING:
+    from diagnostics.reports.comparison import Comparison
+
+PAGE_OF_MANY = "report.html"
+FETCHED = Path("wandb-logs")
+"""Where run logs from W&B go, below the working directory."""
+
+
+@dataclass
+class Report:
+    """One report.
+
+    Args:
+        request: What was asked for.
+        width: Columns of the terminal; None for as many as there need to be.
+
+    Raises:
+        FileNotFoundError: A place does not exist, or there is no run log.
+        ValueError: A place in W&B is not named in full.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from diagnostics import RunInfo
+        >>> from diagnostics.runlog import RunLogWriter
+        >>> with TemporaryDirectory() as folder:
+        ...     writer = RunLogWriter(folder)
+        ...     writer.write(RunInfo(name="mlp"))
+        ...     writer.close()
+        ...     print(next(Report(Request((folder,), page=False)).printed()))
+        run  verdict  slope  clipped  violations  loss  status
+        mlp  unknown      –        –           0     –  no end
+    """
+
+    request: Request
+    width: int | None = None
+
+    @cached_property
+    def folders(self) -> tuple[Path, ...]:
+        """The places on disk; what lies in W&B is fetched first."""
+        return tuple(_fetch(place) if place.startswith(WANDB) else Path(place) for place in self.request.places)
+
+    @cached_property
+    def gathered(self) -> Gathered:
+        """What was found."""
+        request = self.request
+        return gather(self.folders, page=request.page is not False or request.figures is not None)
+
+    def printed(self) -> Iterator[str]:
+        """The report itself, for the terminal or for another program."""
+        if self.request.format != "text":
+            yield export(self.gathered, self.request.format)
+            return
+        fleet = self.gathered.fleet
+        if fleet.rows:
+            yield in_terminal(tabulate(fleet), self.width)
+        if fleet.separations:
+            yield ""
+            yield from (
+                "What separates the sick from the sound:",
+                *(f"  {clean(str(one))}" for one in fleet.separations),
+            )
+        if self.gathered.comparison:
+            yield ""
+            yield from compared(self.gathered.comparison)
+        if any(run.config.get("diagnostics.on_diagnosis") == "stop" for run in fleet.runs):
+            yield from tell_stopping([read_run(run.path) for run in fleet.runs])
+
+    def written(self) -> Iterator[str]:
+        """Writes the files that were asked for; yields where they lie, and what could not be read or written."""
+        fleet, request = self.gathered.fleet, self.request
+        if fleet.rows and request.page is not False:
+            yield from _or_sentence("The page", self._page)
+        if fleet.rows and request.figures is not None:
+            yield from _or_sentence("The figures", self._figures)
+        if fleet.rows and request.wandb:
+            yield from _or_sentence("The W&B Report", self._publish)
+        yield from map(clean, fleet.troubles)
+
+    def _page(self) -> Iterator[str]:
+        runs, chosen = self.gathered.fleet.runs, self.request.page
+        if len(runs) == 1:
+            yield str(write_page(runs[0].path, None if isinstance(chosen, bool) else chosen))
+        else:
+            page = common_folder(self.folders) / PAGE_OF_MANY if isinstance(chosen, bool) else chosen
+            page.parent.mkdir(parents=True, exist_ok=True)
+            yield str(write_fleet(page, self.gathered.fleet, self.gathered.described, self.gathered.comparison))
+
+    def _figures(self) -> Iterator[str]:
+        from diagnostics.reports.drawing import write_figures  # noqa: PLC0415 -- only where figures are wanted
+        from diagnostics.reports.overlays import of_fleet  # noqa: PLC0415 -- likewise
+        from diagnostics.reports.view import figures_of  # noqa: PLC0415 -- likewise
+
+        assert self.request.figures is not None
+        runs = self.gathered.fleet.runs
+        if len(runs) == 1:
+            figures = figures_of(read_run(runs[0].path))
+        else:
+            figures = of_fleet(self.gathered.fleet, self.gathered.described, self.gathered.comparison)
+        written = write_figures(figures, self.request.figures)
+        yield f"{len(written)} files of figures: {self.request.figures}"
+
+    def _publish(self) -> Iterator[str]:
+        yield from _wandb().publish(self.gathered, common_folder(self.folders))
+
+
+def compared(comparison: Comparison) -> Iterator[str]:
+    """Before and after, by depth, for the terminal.
+
+    Args:
+        comparison: Of two places or more.
+
+    Yields:
+        A sentence, then a line per place with its profile, and one with the difference to the first.
+    """
+    yield clean(comparison.sentence)
+    lines = [("median log10 rms at relative depth", *(f"{depth:.1f}" for depth in comparison.depths))]
+    for place, side in enumerate(comparison.sides):
+        lines.append((clean(side.label), *(_decades(value) for value in side.profile)))
+        if place:
+            lines.append(("  difference", *(_decades(value, "+.2f") for value in comparison.differences(place))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, *values in lines:
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
+
+
+def _decades(value: float, form: str = ".2f") -> str:
+    return "–" if value != value else format(value, form)  # noqa: PLR0124 -- NaN
+
+
+def common_folder(folders: Sequence[Path]) -> Path:
+    """The folder that all of them lie in, which for one is itself.
+
+    Example:
+        >>> common_folder([Path("sweep/before"), Path("sweep/after")]).as_posix()
+        'sweep'
+    """
+    known = [folder if folder.is_dir() or not folder.is_file() else folder.parent for folder in folders]
+    try:
+        return Path(os.path.commonpath(known))
+    except ValueError:  # one absolute, one relative; or on several drives
+        return Path(os.path.commonpath([folder.resolve().parent for folder in known]))
+
+
+def _fetch(place: str) -> Path:
+    """Fetches the run logs of a group from W&B."""
+    parts = place.removeprefix(WANDB).split("/")
+    if len(parts) != 3 or not all(re.fullmatch(r"[^/\\]+", part) and part.strip(". ") for part in parts):
+        raise ValueError(f"A place in W&B is wandb:entity/project/group; got {place!r}.")
+    folder = FETCHED.joinpath(*parts)
+    _wandb().fetch(place, folder)
+    return folder
+
+
+def _wandb() -> Any:
+    """What knows W&B, which takes seconds to import."""
+    return import_module("diagnostics.reports.wandb")
+
+
+def _or_sentence(what: str, write: Callable[[], Iterator[str]]) -> Iterator[str]:
+    """What was written, or why not: whatever it is, the other parts of the report are more important."""
+    try:
+        yield from write()
+    except ModuleNotFoundError as error:
+        yield str(error)
+    except Exception as error:  # noqa: BLE001 -- see above
+        yield f"{what} could not be written ({type(error).__name__}: {error})."
