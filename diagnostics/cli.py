@@ -106,26 +106,11 @@ def report() -> None:
     """Prints a row for each run at or below the given places, the sickest first, and writes one page for all."""
     import shutil
 
-    from diagnostics.reports.report import Report
-    from diagnostics.reports.request import USAGE, parse
+    from diagnostics.reports.report import make
 
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & {*words}:
-        print(USAGE, end="")
-        sys.exit(0 if words else 2)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than a name has
-    try:
-        made = Report(parse(words), width)
-        for line in made.printed():
-            print(line, flush=True)
-        # What another program reads from stdout is the report alone.
-        place = sys.stdout if made.request.format == "text" else sys.stderr
-        for line in ("", *made.written()) if place is sys.stdout else made.written():
-            print(line, file=place, flush=True)
-    except (FileNotFoundError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(str(error))
+    sys.exit(make(sys.argv[1:], shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 def job(config: DictConfig) -> float:

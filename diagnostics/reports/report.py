@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from diagnostics.reports.exports import export
 from diagnostics.reports.gather import Gathered, gather
-from diagnostics.reports.page import write_fleet, write_page
-from diagnostics.reports.request import WANDB, Request
+from diagnostics.reports.page import PAGE, write_fleet, write_page
+from diagnostics.reports.request import USAGE, WANDB, Request, parse
 from diagnostics.reports.stopping import tell_stopping
 from diagnostics.reports.table import clean, in_terminal, tabulate
 from diagnostics.runlog import read_run
@@ -25,6 +27,43 @@ if TYPE_CHECKING:
 PAGE_OF_MANY = "report.html"
 FETCHED = Path("wandb-logs")
 """Where run logs from W&B go, below the working directory."""
+
+
+def make(words: Sequence[str], width: int | None = None) -> int | str:
+    """What the command does: prints the report and writes its files.
+
+    What another program reads from stdout is the report alone; where the files lie goes to stderr then.
+
+    Args:
+        words: Of the command line.
+        width: Columns of the terminal; None for as many as there need to be.
+
+    Returns:
+        The exit status: 0, 2 without a word, or a sentence.
+
+    Example:
+        >>> make(["nowhere"])
+        'There is no nowhere; give the folder of a run, of a sweep, or of several.'
+    """
+    if not words or {"-h", "--help"} & {*words}:
+        _say(USAGE.splitlines(), sys.stdout)
+        return 0 if words else 2
+    try:
+        report = Report(parse(words), width)
+        _say(report.printed(), sys.stdout)
+        if report.request.format == "text":
+            _say(("", *report.written()), sys.stdout)
+        else:
+            _say(report.written(), sys.stderr)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        return str(error)
+    return 0
+
+
+def _say(lines: Iterable[str], stream: TextIO) -> None:
+    for line in lines:
+        stream.write(f"{line}\n")
+        stream.flush()
 
 
 @dataclass
@@ -83,6 +122,8 @@ class Report:
         if self.gathered.comparison:
             yield ""
             yield from compared(self.gathered.comparison)
+        if len(fleet.runs) == 1:
+            yield from _what_if(fleet.runs[0].path)
         if any(run.config.get("diagnostics.on_diagnosis") == "stop" for run in fleet.runs):
             yield from tell_stopping([read_run(run.path) for run in fleet.runs])
 
@@ -98,13 +139,15 @@ class Report:
         yield from map(clean, fleet.troubles)
 
     def _page(self) -> Iterator[str]:
-        runs, chosen = self.gathered.fleet.runs, self.request.page
+        gathered, chosen = self.gathered, self.request.page
+        runs = gathered.fleet.runs
+        own = runs[0].path.with_name(PAGE) if len(runs) == 1 else common_folder(self.folders) / PAGE_OF_MANY
+        page = own if isinstance(chosen, bool) else chosen
+        page.parent.mkdir(parents=True, exist_ok=True)
         if len(runs) == 1:
-            yield str(write_page(runs[0].path, None if isinstance(chosen, bool) else chosen))
+            yield str(write_page(runs[0].path, page))
         else:
-            page = common_folder(self.folders) / PAGE_OF_MANY if isinstance(chosen, bool) else chosen
-            page.parent.mkdir(parents=True, exist_ok=True)
-            yield str(write_fleet(page, self.gathered.fleet, self.gathered.described, self.gathered.comparison))
+            yield str(write_fleet(page, gathered.fleet, gathered.described, gathered.comparison))
 
     def _figures(self) -> Iterator[str]:
         from diagnostics.reports.drawing import write_figures  # noqa: PLC0415 -- only where figures are wanted
@@ -122,6 +165,17 @@ class Report:
 
     def _publish(self) -> Iterator[str]:
         yield from _wandb().publish(self.gathered, common_folder(self.folders))
+
+
+def _what_if(log: Path) -> Iterator[str]:
+    if find_spec("numpy") is None:
+        return
+    from diagnostics.reports.history import histories  # noqa: PLC0415 -- numpy
+    from diagnostics.reports.whatif import told, what_if  # noqa: PLC0415 -- likewise
+
+    quantities = ("clip.total_norm", "clip.threshold", "weight.norm", "weight.abs_max")
+    for history in histories(read_run(log).records, quantities).values():
+        yield from ("", *told(what_if(history)))
 
 
 def compared(comparison: Comparison) -> Iterator[str]:

@@ -183,3 +183,28 @@ def _clips(share: float, norms: NDArray[np.float64]) -> float | None:
         return None
     largest = float(np.sort(norms)[-count - 1])
     return largest + EPSILON if largest > 0 else None
+
+
+def told(found: Sequence[WhatIf]) -> Iterator[str]:
+    """The answers in words, for the terminal.
+
+    Args:
+        found: As :func:`what_if` returns them.
+
+    Yields:
+        A table of candidates per norm, the suggestions, and once what all this cannot know.
+    """
+    for one in found:
+        if not one.candidates:
+            continue
+        steps = f"{one.steps:,} steps" if one.recorded else f"the {one.steps:,} steps whose layers' norms are known"
+        yield f"What another max_norm would have clipped, norm_type {one.norm_type:g}, of {steps}:"
+        for candidate in one.candidates:
+            by = "" if candidate.coefficient is None else f", by {candidate.coefficient:.2g} (median)"
+            mark = " (this run's)" if candidate.current else ""
+            yield f"  {candidate.max_norm:<8.4g}{candidate.clipped:>7.1%}{by}{mark}"
+        if one.suggestions:
+            pairs = ", ".join(f"{hint.share:.0%} by {hint.max_norm:.3g}" for hint in one.suggestions)
+            yield f"  Of the {one.healthy:,} healthy steps it would have clipped {pairs}."
+    if any(one.candidates for one in found):
+        yield f"  {CAVEAT}"
