@@ -110,7 +110,9 @@ def report() -> None:
 
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than a name has
-    sys.exit(make(sys.argv[1:], shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    status = make(sys.argv[1:], shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    if status:
+        sys.exit(status)
 
 
 def job(config: DictConfig) -> float:

@@ -233,7 +233,7 @@ def test_what_a_later_version_added_is_ignored(tmp_path: Path) -> None:
         part["added_later"] = 1
     table["added_later"] = [1]
     form["constants"] |= {"clip.added_later": "x", "weight.added_later": [1], "added_later": None}
-    form["fields"] += [["added_later", "float", 1], ["output.added_later", "float", 1]]
+    form["fields"] += [["added_later", "float", None], ["output.added_later", "float", 1]]
     steps["types"][0] += "dd"
     lines[5] = data + encode("float", array("d", [0.1]))[1] * 2
     lines.insert(2, {"later": {"kind": "of line"}})

@@ -152,12 +152,14 @@ def _current(history: History) -> float | None:
 
 
 def _ladder(norms: NDArray[np.float64], current: float | None) -> list[float]:
-    positive = norms[norms > 0]
+    positive = norms[norms > 0] + EPSILON
     if not len(positive):
         return []
     low, high = math.log10(float(np.quantile(positive, 0.01))), math.log10(float(positive.max()))
     powers = range(math.floor(low), math.ceil(high) + 1)
-    rungs = [mantissa * 10.0**power for power in powers for mantissa in MANTISSAS]
+    rungs = [
+        rung for power in powers for mantissa in MANTISSAS if 0 < (rung := float(f"{mantissa}e{power}")) < math.inf
+    ]
     below = [rung for rung in rungs if math.log10(rung) <= low][-1:]
     between = [rung for rung in rungs if low < math.log10(rung) <= high]
     above = [rung for rung in rungs if math.log10(rung) > high][:1]
@@ -166,7 +168,8 @@ def _ladder(norms: NDArray[np.float64], current: float | None) -> list[float]:
 
 
 def _candidate(max_norm: float, norms: NDArray[np.float64], current: float | None) -> Candidate:
-    coefficients = max_norm / (norms + EPSILON)
+    with np.errstate(over="ignore"):  # a norm of zero under a huge max_norm: infinity is right
+        coefficients = max_norm / (norms + EPSILON)
     clipped = coefficients[coefficients < 1]
     return Candidate(
         max_norm=float(max_norm),

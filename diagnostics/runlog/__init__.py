@@ -6,7 +6,7 @@ an object with a key that says what it is, but for the numbers, which are a stri
     {"schema": "training-diagnostics/run", "version": 2}
     {"info": {"name": "mlp", …}}
     {"layers": {"id": 0, "name": ["0", "2"], "kind": ["Linear", "Linear"], …}}
-    {"shape": {"id": 0, "layers": 0, "constants": {"clip.rule": "norm", …}, "fields": [["loss", "float", 1], …]}}
+    {"shape": {"id": 0, "layers": 0, "constants": {"clip.rule": "norm", …}, "fields": [["loss", "float", null], …]}}
     {"steps": [0, 0, 1, 0], "types": ["fdz…", "fd…"]}
     "mpmZPgAA…"
     {"news": {"violations": [{…}], "diagnoses": [{…}]}}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from diagnostics.runlog.arrays import Numbers, measured, numbers
 from diagnostics.runlog.packing import BOOLEAN, FLOAT, INTEGER
 from diagnostics.runlog.reading import Contents
-from diagnostics.runlog.shapes import is_of_layer, is_vector
+from diagnostics.runlog.shapes import is_of_layer
 
 LIBRARIES = ("polars", "pandas")
 WORDS = ("optimizer", "clip.rule")
@@ -100,7 +100,7 @@ def _of_steps(piece: Numbers) -> Iterator[_Part]:
         yield _Part(name, WORD, piece.shape.constants[name])
     for _, field in piece.shape.of_steps:
         values = piece.columns[field.name]
-        if not is_vector(field.name):
+        if field.length is None:
             yield _Part(field.name, field.kind, values)
         elif field.name != SHARES:
             yield from (_Part(f"{field.name}.{place}", field.kind, values[:, [place]]) for place in range(field.width))

@@ -29,14 +29,19 @@ class Field:
         name: A path into a StepRecord, as ``"clip.total_norm"``; ``"metrics."`` and a key; or the name of a column of
             ``Layers``.
         kind: ``"float"``, ``"integer"`` or ``"boolean"``.
-        width: Numbers per step.
+        length: Numbers per step, in a sequence; None for one number that stands alone.
         rows: Of a quantity of layers, which of them have it; None for all.
     """
 
     name: str
     kind: str
-    width: int
+    length: int | None = None
     rows: tuple[int, ...] | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers per step."""
+        return 1 if self.length is None else self.length
 
 
 def encode(kind: str, numbers: array[Any]) -> tuple[str, str]:

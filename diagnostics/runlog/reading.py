@@ -17,7 +17,7 @@ from diagnostics.records import Diagnosis, Layers, RunEnd, RunInfo, StepRecord, 
 from diagnostics.runlog.names import FILE_NAME, SCHEMA, VERSION
 from diagnostics.runlog.packing import BOOLEAN, Field, decode, length
 from diagnostics.runlog.plain import record
-from diagnostics.runlog.shapes import Shape, Table, is_vector, read_shape, read_table
+from diagnostics.runlog.shapes import Shape, Table, read_shape, read_table
 
 _STEPS = b'{"steps":'
 
@@ -315,7 +315,7 @@ def _numbers(piece: Slice, part: Part, data: bytes) -> array[Any]:
 def _values(piece: Slice, part: Part, data: bytes) -> Sequence[Any]:
     """One entry per step: a number, or a tuple of them."""
     numbers, width = _numbers(piece, part, data), piece.field.width
-    if is_vector(piece.field.name):
+    if piece.field.length is not None:
         return [tuple(numbers[place * width : (place + 1) * width]) for place in range(len(part.places))]
     return list(map(bool, numbers)) if piece.field.kind == BOOLEAN else numbers
 

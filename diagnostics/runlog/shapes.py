@@ -20,12 +20,12 @@ from diagnostics.runlog.plain import foreign, record
 
 Table: TypeAlias = tuple[Layer, ...]
 
-_STEP = ("step", "optimizer", "loss", "backward_passes", "loss_scale", "skipped", "recorded")
-_CLIP = tuple(one.name for one in fields(ClipRecord) if one.name not in ("shares", "parts", "norm_quantiles"))
+_APART = ("clip", "layers", "violations", "diagnoses", "metrics", "fit")
+_STEP = tuple(one.name for one in fields(StepRecord) if one.name not in _APART)
+_CLIP = tuple(one.name for one in fields(ClipRecord) if one.name != "parts")
 _FIT = tuple(one.name for one in fields(DepthFit))
 _LAYER = tuple(one.name for one in fields(Layer))
 _QUANTITIES = frozenset(one.name for one in fields(LayerRecord))
-_VECTORS = ("lr", "shares", "norm_quantiles")
 _WEIGHT_NUMEL = "weight.numel"  # the same at every step, unlike the outputs' under batches of different sizes
 
 _step_values, _clip_values, _fit_values = attrgetter(*_STEP), attrgetter(*_CLIP), attrgetter(*_FIT)
@@ -64,7 +64,7 @@ class Shape:
     def record(self, values: Sequence[Any], layers: Layers) -> StepRecord:
         """A step from its numbers, in the order of :attr:`of_steps`, and its layers."""
         leaves = {**self.constants, **dict(zip(self._names, values, strict=True))}
-        content = {name: leaves[name] for name in (*_STEP, "lr") if name in leaves}
+        content = {name: leaves[name] for name in _STEP if name in leaves}
         fit = {name: leaves[f"fit.{name}"] for name in _FIT if f"fit.{name}" in leaves}
         metrics = {name.partition(".")[2]: value for name, value in leaves.items() if name.startswith("metrics.")}
         return StepRecord(
@@ -90,16 +90,6 @@ def is_of_layer(name: str) -> bool:
         (True, False)
     """
     return name in _QUANTITIES or name.startswith(("output.", "weight."))
-
-
-def is_vector(name: str) -> bool:
-    """Whether a column of steps holds a tuple and not one number.
-
-    Example:
-        >>> is_vector("clip.shares"), is_vector("metrics.lr")
-        (True, False)
-    """
-    return not name.startswith("metrics.") and name.rsplit(".", maxsplit=1)[-1] in _VECTORS
 
 
 def take_apart(step: StepRecord) -> tuple[tuple[Any, ...], list[Any]]:
@@ -136,7 +126,7 @@ def shape(kinds: Sequence[Any], table: Table | None) -> Shape:
     known: list[Field] = []
     for name, kind in kinds:
         if isinstance(kind, str):
-            known.append(Field(name, kind, 1))
+            known.append(Field(name, kind))
         elif kind[0] is None:
             constants[name] = kind[1]
         else:
@@ -152,7 +142,7 @@ def pack(field: Field, values: Sequence[Any]) -> array[Any]:
         values: An entry per step, as :func:`take_apart` gives it.
     """
     code = "d" if field.kind == FLOAT else "q"
-    if not is_of_layer(field.name) and not is_vector(field.name):
+    if field.length is None:
         return array(code, values)
     found = array(code)
     for numbers in values:
@@ -173,7 +163,6 @@ def _kind(value: Any) -> tuple[Any, Any]:
 def _leaves(step: StepRecord) -> dict[str, Any]:
     """What a step says of itself, by path; neither its layers nor its news, as violations, are among it."""
     found = dict(zip(_STEP, _step_values(step), strict=True))
-    found["lr"] = step.lr
     _add_clip(found, "clip.", step.clip)
     if step.fit is not None:
         found |= zip([f"fit.{name}" for name in _FIT], _fit_values(step.fit), strict=True)
@@ -185,14 +174,12 @@ def _leaves(step: StepRecord) -> dict[str, Any]:
 def _add_clip(found: dict[str, Any], prefix: str, clip: ClipRecord) -> None:
     names = _clip_names.get(prefix) or _clip_names.setdefault(prefix, [f"{prefix}{name}" for name in _CLIP])
     found |= zip(names, _clip_values(clip), strict=True)
-    found[f"{prefix}shares"] = clip.shares
-    found[f"{prefix}norm_quantiles"] = clip.norm_quantiles
     for place, part in enumerate(clip.parts):
         _add_clip(found, f"{prefix}parts.{place}.", part)
 
 
 def _clip(leaves: Mapping[str, Any], prefix: str) -> ClipRecord:
-    own = {name: leaves[prefix + name] for name in (*_CLIP, *_VECTORS) if prefix + name in leaves}
+    own = {name: leaves[prefix + name] for name in _CLIP if prefix + name in leaves}
     parts: list[ClipRecord] = []
     while f"{prefix}parts.{len(parts)}.rule" in leaves:
         parts.append(_clip(leaves, f"{prefix}parts.{len(parts)}."))
@@ -213,12 +200,14 @@ def read_table(content: Mapping[str, Any]) -> Table:
 
 def plain_shape(number: int, new: Shape, table: int | None) -> dict[str, Any]:
     """A shape for JSON."""
-    known = [[one.name, one.kind, one.width, *([] if one.rows is None else [one.rows])] for one in new.fields]
+    known = [[one.name, one.kind, one.length, *([] if one.rows is None else [one.rows])] for one in new.fields]
     return {"id": number, "layers": table, "constants": new.constants, "fields": known}
 
 
 def read_shape(content: Mapping[str, Any], tables: Mapping[int, Table]) -> Shape:
     """A shape from JSON."""
-    known = (Field(name, kind, width, tuple(*rows) if rows else None) for name, kind, width, *rows in content["fields"])
+    known = (
+        Field(name, kind, length, tuple(*rows) if rows else None) for name, kind, length, *rows in content["fields"]
+    )
     table = content["layers"]
     return Shape(content["constants"], tuple(known), None if table is None else tables[table])
