@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 
-from diagnostics import ClipRecord, DepthFit, RunEnd, RunInfo, StepRecord, Verdict, Violation
+from diagnostics import ClipRecord, DepthFit, DiagnosticsWarning, RunEnd, RunInfo, StepRecord, Verdict, Violation
 from diagnostics.records import Diagnosis, GradientStats, Layer, LayerRecord, Layers
 from diagnostics.reports import gather
 from diagnostics.reports.report import Report
@@ -119,6 +120,19 @@ def test_several_runs_have_one_page_and_one_run_has_its_own_beside_its_log(sweep
     assert files(sweep, "page=false") == []
 
 
+def test_figures_are_files_of_three_kinds_each(sweep):
+    """Of one run all that there is to show, of several what compares them."""
+    found = (Diagnosis("vanishing", 3, 0, 0, {"decades": 4.0}, "The gradient fades."),)
+    faded = [step(n, rms=[1e-4, 1e-2, 1.0], slope=-2.0, diagnoses=found if n == 1 else ()) for n in range(3)]
+    write(sweep / "4", "lr=4", *faded, overrides=("lr=4", "s=2"), verdict=VANISHING)
+    for words, some in ((sweep / "4", "norms"), (sweep, "overlay")):
+        (said,) = files(words, "page=false", f"figures={sweep / 'figures' / some}")
+        written = sorted((sweep / "figures" / some).iterdir())
+        assert said == f"{len(written)} files of figures: {sweep / 'figures' / some}"
+        assert {path.suffix for path in written if path.stem == some} == {".pdf", ".svg", ".png"}
+        assert all(path.stat().st_size > 500 for path in written)
+
+
 def test_a_run_a_log_several_folders_and_the_same_twice_are_all_places(sweep):
     run = sweep / "0_lr=0.1"
     alone = ["lr=0.1"]
@@ -219,8 +233,13 @@ def test_reports_load_no_torch():
 def wandb_place(monkeypatch, tmp_path):
     """A module that stands in for what talks to W&B, which has tests of its own."""
     stub = types.ModuleType("diagnostics.reports.wandb")
-    stub.fetch = lambda place, folder: [write(folder / "one", place, step(0), verdict=HEALTHY)]
-    stub.publish = lambda gathered, folder: iter([f"{len(gathered.fleet.rows)} rows: {folder}"])
+
+    def fetch(place, folder):
+        write(folder / "one", place, step(0), verdict=HEALTHY)
+        warnings.warn("1 of 2 runs has left no log.", DiagnosticsWarning, stacklevel=1)
+
+    stub.fetch = fetch
+    stub.publish = lambda fleet, folder: iter([f"{len(fleet.rows)} rows: {folder}"])
     monkeypatch.setitem(sys.modules, "diagnostics.reports.wandb", stub)
     monkeypatch.chdir(tmp_path)
 
@@ -229,7 +248,7 @@ def wandb_place(monkeypatch, tmp_path):
 def test_a_group_in_wandb_is_fetched_into_a_folder_of_its_own_and_reported():
     report = Report(parse(["wandb:me/vanish/depth sweep", "wandb=true", "page=false"]))
     assert [row.label for row in report.gathered.fleet.rows] == ["wandb:me/vanish/depth sweep"]
-    assert list(report.written()) == ["1 rows: wandb-logs/me/vanish/depth sweep"]
+    assert list(report.written()) == ["1 rows: wandb-logs/me/vanish/depth sweep", "1 of 2 runs has left no log."]
 
 
 @pytest.mark.usefixtures("wandb_place")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from diagnostics.records import DiagnosticsWarning
 from diagnostics.reports.exports import export
 from diagnostics.reports.gather import Gathered, gather
 from diagnostics.reports.page import PAGE, write_fleet, write_page
@@ -93,11 +95,16 @@ class Report:
 
     request: Request
     width: int | None = None
+    _warned: tuple[str, ...] = field(default=(), init=False)
 
     @cached_property
     def folders(self) -> tuple[Path, ...]:
         """The places on disk; what lies in W&B is fetched first."""
-        return tuple(_fetch(place) if place.startswith(WANDB) else Path(place) for place in self.request.places)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", DiagnosticsWarning)
+            found = tuple(_fetch(place) if place.startswith(WANDB) else Path(place) for place in self.request.places)
+        self._warned = tuple(str(one.message) for one in said)
+        return found
 
     @cached_property
     def gathered(self) -> Gathered:
@@ -136,7 +143,7 @@ class Report:
             yield from _or_sentence("The figures", self._figures)
         if fleet.rows and request.wandb:
             yield from _or_sentence("The W&B Report", self._publish)
-        yield from map(clean, fleet.troubles)
+        yield from map(clean, (*self._warned, *fleet.troubles))
 
     def _page(self) -> Iterator[str]:
         gathered, chosen = self.gathered, self.request.page
@@ -164,7 +171,7 @@ class Report:
         yield f"{len(written)} files of figures: {self.request.figures}"
 
     def _publish(self) -> Iterator[str]:
-        yield from _wandb().publish(self.gathered, common_folder(self.folders))
+        yield from _wandb().publish(self.gathered.fleet, common_folder(self.folders))
 
 
 def _what_if(log: Path) -> Iterator[str]:
