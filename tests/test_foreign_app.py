@@ -20,7 +20,8 @@ from wandb_offline import offline_run
 
 from diagnostics import read_run
 from diagnostics.configs import ConfigurationError, register
-from diagnostics.reports.gather import report
+from diagnostics.reports.gather import gather
+from diagnostics.reports.table import in_terminal, tabulate
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,7 +257,7 @@ def test_each_job_of_a_multirun_has_its_run_log_in_its_folder_and_its_own_comman
         assert info.directory == str(log.path.parent)
         assert info.git == {"commit": app.commit, "dirty": False}
         assert theirs(log)["width"] == width
-    table = "\n".join(report([app.folder], None))
+    table = in_terminal(tabulate(gather([app.folder]).fleet))
     assert "width=4" in table
     assert "width=6" in table
 

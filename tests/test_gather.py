@@ -266,6 +266,14 @@ def test_many_logs_are_read_by_several_processes_and_come_back_in_order(tmp_path
     assert len(found.described) == gather.MANY
 
 
+def test_a_program_that_no_process_can_start_anew_still_gets_its_rows(tmp_path):
+    for number in range(gather.MANY):
+        write(tmp_path / f"{number:02}", f"{number:02}", overrides=(f"k={number}",), verdict=HEALTHY)
+    typed = f"from diagnostics.reports.gather import gather\nprint(len(gather([{str(tmp_path)!r}]).fleet.runs))"
+    done = subprocess.run([sys.executable], input=typed, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(gather.MANY)
+
+
 def test_two_folders_are_compared_by_depth(tmp_path):
     """The fix lifts the first layer's gradient by two decades and leaves the last one's."""
     for seed in range(3):
@@ -279,7 +287,8 @@ def test_two_folders_are_compared_by_depth(tmp_path):
     assert said[place] == (
         f"{before} → {after}: 3 of 3 runs sick, then 0 of 3; backward slope -1.00, then -0.50 decades per layer."
     )
-    heading, first, second, difference = said[place + 1 : place + 5]
+    assert said[place + 1 : place + 3] == [f"  {before}: 3 vanishing", f"  {after}: 3 healthy"]
+    heading, first, second, difference = said[place + 3 : place + 7]
     assert heading.split()[-11:] == ["0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1.0"]
     assert first.split()[-11::5] == ["-4.00", "-2.00", "0.00"]
     assert second.split()[-11::5] == ["-2.00", "-1.00", "0.00"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_runlog import steps, write
+from test_runlog import step, steps, write
 
+from diagnostics.records import Diagnosis, GradientStats, Layer, LayerRecord, Layers
 from diagnostics.reports.history import histories
 from diagnostics.runlog import read_run
 
@@ -41,3 +43,37 @@ def test_the_columns_of_a_log_are_those_of_its_records(tmp_path_factory: pytest.
     for name, history in slow.items():
         for one in fields(history):
             assert equal(getattr(history, one.name), getattr(fast[name], one.name)), one.name
+
+
+def test_what_is_not_asked_for_is_not_there_and_the_rest_is_the_same(tmp_path: Path) -> None:
+    layer = LayerRecord(Layer(0, "0", "Linear"), GradientStats(4, 2.0, 1.0), GradientStats(4, 3.0, 1.5))
+    run = read_run(write(tmp_path, *(step(i, loss=0.1 * i, layers=Layers([layer])) for i in range(3))))
+    some = ("loss", "trunk_rms")
+    for records in (run.records, tuple(run.records)):
+        history = histories(records, some)["optimizer"]
+        assert (list(history.by_step), list(history.by_layer)) == (["loss"], ["trunk_rms"])
+        assert history.by_layer["trunk_rms"].values.tolist() == [[1.0]] * 3
+        assert history.numel.tolist() == [4]
+
+
+def test_a_step_is_sick_from_onset_until_the_diagnosis_cleared(tmp_path: Path) -> None:
+    begun = Diagnosis("vanishing", 2, 1, 0, {}, "It fades.")
+    notice = Diagnosis("spike", 1, 0, None, {}, "It jumps.")
+    news = {0: (notice,), 2: (begun,), 4: (replace(begun, cleared=4),)}
+    run = read_run(write(tmp_path, *(step(i, diagnoses=news.get(i, ())) for i in range(6))))
+    for records in (run.records, tuple(run.records)):
+        assert histories(records)["optimizer"].sick.tolist() == [False, True, True, True, False, False]
+
+
+def test_layers_that_come_and_go_have_one_column_each(tmp_path: Path) -> None:
+    def of(*names: str) -> Layers:
+        stats = GradientStats(4, float(len(names)), 1.0)
+        return Layers([LayerRecord(Layer(d, name, "Linear"), stats, None) for d, name in enumerate(names)])
+
+    run = read_run(write(tmp_path, step(0, layers=of("a", "b")), step(1), step(2, layers=of("a", "new", "b"))))
+    history = histories(run.records)["optimizer"]
+    assert [layer.name for layer in history.layers] == ["a", "new", "b"]
+    quantity = history.by_layer["output.norm"]
+    assert quantity.rows.tolist() == [0, 2]
+    assert quantity.measured.tolist() == [[True, False, True], [True] * 3]
+    assert quantity.values[1].tolist() == [3.0] * 3

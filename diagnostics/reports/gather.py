@@ -6,6 +6,8 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -163,9 +165,11 @@ def _each(look: Any, logs: Iterable[tuple[Path, Path]]) -> Iterator[Look]:
         yield from map(look, logs)
         return
     # A new interpreter each: a copy of a process that has threads, as numpy's, may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processors, 8), mp_context=context) as pool:
-        yield from pool.map(look, logs, chunksize=8)
+    context, done = multiprocessing.get_context("spawn"), 0
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(min(processors, 8), mp_context=context) as pool:
+        for done, one in enumerate(pool.map(look, logs, chunksize=8), start=1):  # noqa: B007 -- what is left to do
+            yield one
+    yield from map(look, logs[done:])  # a program that was typed into an interpreter cannot be started anew
 
 
 def _look(found: tuple[Path, Path], page: int, *, profile: bool) -> Look:

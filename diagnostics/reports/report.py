@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diagnostics.reports.comparison import Comparison
 
 PAGE_OF_MANY = "report.html"
+MOST_SEPARATIONS = 8
 FETCHED = Path("wandb-logs")
 """Where run logs from W&B go, below the working directory."""
 
@@ -124,7 +125,7 @@ class Report:
             yield ""
             yield from (
                 "What separates the sick from the sound:",
-                *(f"  {clean(str(one))}" for one in fleet.separations),
+                *(f"  {clean(str(one))}" for one in fleet.separations[:MOST_SEPARATIONS]),
             )
         if self.gathered.comparison:
             yield ""
@@ -195,6 +196,8 @@ def compared(comparison: Comparison) -> Iterator[str]:
         A sentence, then a line per place with its profile, and one with the difference to the first.
     """
     yield clean(comparison.sentence)
+    for side in comparison.sides:
+        yield clean(f"  {side.label}: {', '.join(f'{count} {name}' for name, count in side.conditions.items())}")
     lines = [("median log10 rms at relative depth", *(f"{depth:.1f}" for depth in comparison.depths))]
     for place, side in enumerate(comparison.sides):
         lines.append((clean(side.label), *(_decades(value) for value in side.profile)))
