@@ -73,7 +73,23 @@ def test_layers_that_come_and_go_have_one_column_each(tmp_path: Path) -> None:
     run = read_run(write(tmp_path, step(0, layers=of("a", "b")), step(1), step(2, layers=of("a", "new", "b"))))
     history = histories(run.records)["optimizer"]
     assert [layer.name for layer in history.layers] == ["a", "new", "b"]
+    assert [layer.depth for layer in history.layers] == [0, 1, 2]  # as last seen: "b" was second before
     quantity = history.by_layer["output.norm"]
     assert quantity.rows.tolist() == [0, 2]
     assert quantity.measured.tolist() == [[True, False, True], [True] * 3]
     assert quantity.values[1].tolist() == [3.0] * 3
+
+
+def test_a_layer_is_told_as_it_was_last_seen_however_often_the_order_changed(tmp_path: Path) -> None:
+    def of(*names: str) -> Layers:
+        return Layers(
+            [LayerRecord(Layer(d, name, "Linear"), None, GradientStats(4, 2.0, 1.0)) for d, name in enumerate(names)]
+        )
+
+    run = read_run(write(tmp_path, *(step(i, layers=of(*names)) for i, names in enumerate(("ab", "ba", "ab", "ba")))))
+    for records in (run.records, tuple(run.records)):
+        assert [layer.name for layer in histories(records)["optimizer"].layers] == ["b", "a"]
+    longer = read_run(
+        write(tmp_path / "longer", *(step(i, layers=of(*names)) for i, names in enumerate(("ab", "ba", "ab"))))
+    )
+    assert [layer.name for layer in histories(longer.records)["optimizer"].layers] == ["a", "b"]

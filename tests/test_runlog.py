@@ -173,6 +173,16 @@ def test_a_log_cut_at_any_byte_is_read_up_to_its_last_whole_block(tmp_path: Path
     assert before == len(records)
 
 
+def test_a_block_that_is_cut_short_but_not_at_the_end_is_damage_and_no_tail(tmp_path: Path) -> None:
+    layers = Layers([LayerRecord(Layer(d, str(d), "Linear"), None, GradientStats(4, 0.1, 0.05)) for d in range(90)])
+    file = write(tmp_path, step(0, layers=layers), END)
+    lines = file.read_text().splitlines()
+    lines[-2] = lines[-2][:5]
+    file.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ValueError, match=r"does not fit the schema"):
+        read_run(file)
+
+
 def written(content: bytes) -> list[bytes]:
     """The first lines of the blocks whose second line is whole, too."""
     lines = content.split(b"\n")[:-1]

@@ -68,7 +68,7 @@ def test_too_few_healthy_steps_get_no_suggestion_that_they_cannot_carry():
 def test_norms_of_other_types_are_put_together_where_every_layer_s_was_recorded():
     weights = [
         (GradientStats(4, 3.0, 1.5, abs_max=2.0), GradientStats(4, 4.0, 2.0, abs_max=3.5)),
-        (GradientStats(4, 6.0, 3.0), GradientStats(4, 8.0, 4.0)),
+        (GradientStats(4, 6.0, 3.0), GradientStats(4, 8.0, 4.0, abs_max=1.0)),
     ]
     layers = [
         Layers(
