@@ -87,6 +87,7 @@ def test_norms_of_other_types_are_put_together_where_every_layer_s_was_recorded(
     assert (own.steps, euclidean.steps, largest.steps) == (2, 2, 1)  # the peaks were taken at one step only
     assert [one.max_norm for one in own.candidates if one.current] == [9.0]
     assert euclidean.recorded is False
+    assert largest.nonfinite == 0  # what was not taken is not NaN
     assert (
         share(histories([StepRecord(i, clip, layers=one) for i, one in enumerate(layers)]), 2.0, 5.1) == 0.5
     )  # 5 and 10
