@@ -26,6 +26,7 @@ SERIES = (BLUE, ORANGE, GREEN, "#b05cc2", "#8c6d1f", "#d1548a", "#5b6bd6", GREY)
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
 POINTS_PER_CM = 72 / 2.54
 PRINT_DPI = 300
+_BLANK: Specification = {"width": 420, "height": 120}
 FORMATS = ("pdf", "svg", "png")
 
 
@@ -174,7 +175,10 @@ class Figure:
         size: Specification = {} if self.height is None else {"height": self.height}
         if width is not None:
             size |= {"width": width, "autosize": {"type": "fit-x", "contains": "padding"}}
-        return {**(title if self.title else {}), **with_data(self.specification, self.data), **size}
+        drawn = with_data(self.specification, self.data)
+        if drawn.get("layer") == []:
+            drawn = {"mark": "text", "data": {"values": [{}]}, "encoding": {"text": {"value": self.note}}, **_BLANK}
+        return {**(title if self.title else {}), **drawn, **size}
 
 
 def grid(name: str, rows: Sequence[tuple[str, Sequence[Figure]]]) -> Figure:
@@ -221,20 +225,28 @@ def _names(name: str) -> Iterator[str]:
 
 
 def with_data(part: Any, data: Data) -> Any:
-    """A specification in which every name of a table is replaced by the table.
+    """A specification in which every name of a table is replaced by the table; layers of empty tables are left out.
+
+    Vega cannot lay out a legend that has no entry.
 
     Example:
         >>> with_data({"data": {"name": "bars"}}, {"bars": [{"size": 3}]})
         {'data': {'values': [{'size': 3}]}}
     """
     if isinstance(part, list):
-        return [with_data(one, data) for one in part]
+        return [with_data(one, data) for one in part if not _is_empty(one, data)]
     if not isinstance(part, dict):
         return part
     return {
         key: {"values": data[value["name"]]} if key == "data" and "name" in value else with_data(value, data)
         for key, value in part.items()
     }
+
+
+def _is_empty(part: Any, data: Data) -> bool:
+    """Whether it is a layer of a table without a row."""
+    source = part.get("data", {}) if isinstance(part, dict) else {}
+    return "name" in source and not data[source["name"]]
 
 
 def _wrapped(note: str) -> list[str]:

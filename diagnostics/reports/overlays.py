@@ -34,7 +34,7 @@ def overlay(profiles: Mapping[str, Sequence[Sequence[float | None]]]) -> Figure:
         The figure.
     """
     table = [{"run": name, **row} for name, own in profiles.items() if (row := band(own))]
-    same = len({len(row["depth"]) for row in table}) <= 1
+    same = len({len(next(filter(None, own))) for own in profiles.values() if any(own)}) <= 1
     heights = np.concatenate([floats(row[end]) for row in table for end in ("low", "high")] or [np.zeros(0)])
     name = "overlay" if same else "overlay_relative"
     return Figure(

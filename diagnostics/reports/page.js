@@ -77,8 +77,11 @@ function chooseSteps(all, changed) {
 }
 
 async function draw(chart, drawn, layers) {
+  const kind = kinds[drawn.kind];
+  const layer = kind.layer.filter(one => !one.data || !one.data.name || drawn.data[one.data.name].length);  // Vega cannot lay out a legend without an entry
+  if (!layer.length) { chart.replaceChildren(drawn.note); chart.classList.add("drawn"); return; }
   const specification = {
-    ...kinds[drawn.kind], width: "container", autosize: {type: "fit-x", contains: "padding"}, padding: 0,
+    ...kind, layer, width: "container", autosize: {type: "fit-x", contains: "padding"}, padding: 0,
     ...(drawn.height && {height: drawn.height}),
     datasets: {...drawn.data, layers},
   };

@@ -150,11 +150,12 @@ def what_if(found: Sequence[WhatIf]) -> Figure:
     table = [
         {
             "norm": f"p = {one.norm_type:g}",
-            "max_norm": [float(f"{candidate.max_norm:.4g}") for candidate in one.candidates],
-            "clipped": [float(f"{candidate.clipped:.4g}") for candidate in one.candidates],
+            "max_norm": rounded(floats(candidate.max_norm for candidate in one.candidates)),
+            "clipped": rounded(floats(candidate.clipped for candidate in one.candidates)),
             "coefficient": rounded(floats(candidate.coefficient for candidate in one.candidates)),
         }
         for one in found
+        if one.candidates
     ]
     current = [{"max_norm": tried.max_norm} for one in found for tried in one.candidates if tried.current]
     said = (

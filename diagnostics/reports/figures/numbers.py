@@ -37,7 +37,12 @@ def rounded(values: NDArray[Any]) -> list[float | None]:
         >>> rounded(np.array([1 / 3, np.nan]))
         [0.3333, None]
     """
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
+    return [_short(value) if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _short(value: float) -> float:
+    rounded = float(f"{value:.4g}")
+    return rounded if math.isfinite(rounded) else value  # the largest numbers would round up to infinity
 
 
 def drawable(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -90,6 +90,10 @@ def heatmap() -> Specification:
 
 def depth_profile() -> Specification:
     """log10 rms over depth at some steps. Tables: ``profiles``, ``layers``, ``edges``, ``frame``."""
+    named = {
+        "fill": category("label", {"range": list(SERIES)}, sort=None, symbolOpacity=1, symbolStrokeWidth=0),
+        "shape": category("label", {"range": list(SHAPES)}, sort=None, symbolOpacity=1, symbolStrokeWidth=0),
+    }
     return {
         **size(),
         "encoding": {
@@ -97,6 +101,11 @@ def depth_profile() -> Specification:
         },
         "layer": [
             frame("log10", RMS, zero=False),
+            {  # drawn by nobody: a step whose gradients are all zero has its line in the legend, too
+                "data": {"name": "profiles"},
+                "mark": {"type": "point", "opacity": 0, "tooltip": None},
+                "encoding": {"x": {"value": 0}, "y": {"value": 0}, **named},
+            },
             {
                 "data": {"name": "profiles"},
                 "transform": [flatten("depth", "log10", "fitted", "line"), *named_layers()],
@@ -112,8 +121,7 @@ def depth_profile() -> Specification:
                         "encoding": {
                             "y": position("log10"),
                             "stroke": unlisted("label"),
-                            "fill": category("label", {"range": list(SERIES)}, sort=None),
-                            "shape": category("label", {"range": list(SHAPES)}, sort=None),
+                            **named,
                             "fillOpacity": {"condition": {"test": "datum.fitted", "value": 1}, "value": 0},
                             "tooltip": [told("layer", "layer"), told("log10", "log10 rms"), told("label", "at")],
                         },
