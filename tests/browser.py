@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -45,10 +44,10 @@ def find_chromium() -> str | None:
     return next((path for name in PROGRAMS if (path := shutil.which(name))), None)
 
 
-def needs_chromium(test: Callable[..., Any]) -> Any:
-    """Skips a test where there is no Chromium."""
-    reason = f"no browser found: none of {', '.join(PROGRAMS)} is on the search path"
-    return pytest.mark.skipif(find_chromium() is None, reason=reason)(test)
+needs_chromium = pytest.mark.skipif(
+    find_chromium() is None, reason=f"no browser found: none of {', '.join(PROGRAMS)} is on the search path"
+)
+"""Skips a test where there is no Chromium."""
 
 
 @dataclass
@@ -112,6 +111,25 @@ class Browser:
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self._visit.requests = [url for url in self._visit.requests if url != address]
         return self._visit
+
+    def settle(self) -> None:
+        """Waits until the page says that it has drawn everything."""
+        deadline = time.monotonic() + PATIENCE
+        while self.evaluate("document.querySelector('[aria-busy=true]') !== null"):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the page does not finish drawing")
+            time.sleep(0.02)
+
+    def press(self, key: str, text: str = "") -> None:
+        """Presses and releases a key, as a person does who uses no mouse."""
+        code = {"Enter": 13, "Tab": 9, " ": 32}[key]
+        for kind in ("keyDown", "keyUp"):
+            event = {
+                "key": key,
+                "windowsVirtualKeyCode": code,
+                **({"text": text} if text and kind == "keyDown" else {}),
+            }
+            self._call("Input.dispatchKeyEvent", type=kind, **event)
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""

@@ -122,7 +122,8 @@ def _known(history: History) -> Iterator[_Norms]:
         if len(values):
             peaks = np.abs(values).max(axis=1)
             scale = np.where((peaks > 0) & np.isfinite(peaks), peaks, 1.0)  # squares of 1e200 would overflow
-            norms = peaks if p == math.inf else scale * np.sqrt(np.square(values / scale[:, None]).sum(axis=1))
+            with np.errstate(over="ignore"):  # to infinity, which such a norm is
+                norms = peaks if p == math.inf else scale * np.sqrt(np.square(values / scale[:, None]).sum(axis=1))
             yield _Norms(p, False, quantity.rows[whole], norms)
 
 
