@@ -181,7 +181,7 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
             _ask_again(place, monitor, steps)
         return objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
     finally:
-        if settings["sink"]["runlog"]:
+        if settings["sink"]["runlog"] and not place.group:  # a sweep has one page for all of its jobs
             _print_page(place.directory / settings["sink"]["runlog"]["path"], place.directory / PAGE)
 
 

@@ -151,23 +151,26 @@ def _is_inside(key: str, other: str) -> bool:
     return key == other or key.startswith(f"{other}.")
 
 
-class TellStopping(Callback):
-    """Says at the end of a sweep what stopping saved; ``hydra.callbacks`` names it.
+class ReportSweep(Callback):
+    """Reports on a sweep at its end, as ``diagnostics-report`` does; ``hydra.callbacks`` names it.
 
-    Hydra does not call it where a job failed: ``diagnostics-report`` on the sweep's folder says the same.
+    Hydra does not call it where a job failed; the command on the sweep's folder says the same.
 
     Example:
-        >>> TellStopping().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "nowhere"}}}))
+        >>> ReportSweep().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "nowhere"}}}))
     """
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Reads the sweep's run logs and prints what they say together."""
-        from diagnostics.reports.stopping import tell_stopping  # noqa: PLC0415 -- once, at the very end
-        from diagnostics.runlog import FILE_NAME, read_run  # noqa: PLC0415 -- likewise
+        """Prints the table of the jobs, the sickest first, and writes one page for all; nothing without a run log."""
+        from diagnostics.reports.report import Report  # noqa: PLC0415 -- once, at the very end
+        from diagnostics.reports.request import Request  # noqa: PLC0415 -- likewise
 
-        logs = sorted(Path(config.hydra.sweep.dir).rglob(FILE_NAME))
-        for line in tell_stopping([read_run(log) for log in logs]):
-            sys.stdout.write(f"{line}\n")
+        report = Report(Request((config.hydra.sweep.dir,)))
+        try:
+            lines = ["", *report.printed(), "", *report.written()]
+        except FileNotFoundError:
+            return
+        sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 def make_monitor(

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from diagnostics import read_run
 from diagnostics.cli import assemble, report
 from diagnostics.configs import CONF, resolve
-from diagnostics.jobs import TellStopping
+from diagnostics.jobs import ReportSweep
 from diagnostics.records import ClipRecord, RunEnd, RunInfo, StepRecord, Verdict
 from diagnostics.reports.stopping import tell_stopping
 from diagnostics.runlog import Run
@@ -117,15 +117,16 @@ def test_a_sweep_says_at_its_end_what_stopping_saved_and_so_does_the_report(star
         "trainer.steps=40",
         "sink=[runlog]",
         "diagnostics.on_diagnosis=stop,record",
-        "+hydra.callbacks.stopping._target_=diagnostics.jobs.TellStopping",
     )
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "Stopped when sick: 1 of 1 runs, which saved 19 of 40 steps."
-    assert lines[-1].startswith("Nothing tells what a good outcome is")
+    *lines, stopped, outcome, empty, page = capsys.readouterr().out.splitlines()
+    assert stopped == "Stopped when sick: 1 of 1 runs, which saved 19 of 40 steps."
+    assert outcome.startswith("Nothing tells what a good outcome is")
     (sweep,) = Path("multirun").iterdir()
+    assert (empty, Path(page.split(": ")[-1]).name) == ("", "report.html")
+    assert [file.name for file in sweep.rglob("*.html")] == ["report.html"]
     monkeypatch.setattr(sys, "argv", ["diagnostics-report", str(sweep)])
     report()
-    assert lines[-2] in capsys.readouterr().out
+    assert stopped in capsys.readouterr().out
 
 
 def test_the_depth_sweep_has_twelve_jobs_that_stop_and_twelve_twins():
@@ -138,5 +139,5 @@ def test_the_depth_sweep_has_twelve_jobs_that_stop_and_twelve_twins():
 
 
 def test_a_sweep_without_run_logs_has_nothing_to_tell(capsys):
-    TellStopping().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "nowhere"}}}))
+    ReportSweep().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": "nowhere"}}}))
     assert capsys.readouterr().out == ""
