@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diagnostics import markup
 from diagnostics.columns import Column, Layers
 from diagnostics.layers import DepthFit, GradientStats, Layer, LayerRecord, steps_back
 
@@ -172,6 +173,8 @@ class Violation:
         again = f" Seen {self.count} times." if self.count > 1 else ""
         return f"{self.rule}: {self.message} {self.remedy}{again} More: diagnostics-explain {self.rule}."
 
+    _repr_html_ = markup.violation
+
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
@@ -206,6 +209,8 @@ class Diagnosis:
     def __str__(self) -> str:
         return f"{self.condition} ({SEVERITY_NAMES[self.severity]}) since step {self.step}: {self.message}"
 
+    _repr_html_ = markup.diagnosis
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -228,6 +233,10 @@ class Verdict:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        word = f"{self.condition} ({SEVERITY_NAMES[self.severity]})" if self.severity else self.condition
+        return markup.line(word, "" if self.text == self.condition else self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +317,8 @@ class StepRecord:
                     index = math.floor(relative * (len(profile) - 1) + 0.5)
                     values[f"depth/{name}{quantity}_{round(100 * relative):03d}"] = profile[index]
         return {key: value for key, value in values.items() if value is not None}
+
+    _repr_html_ = markup.step
 
 
 @dataclass(frozen=True, slots=True)

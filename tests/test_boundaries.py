@@ -22,6 +22,7 @@ PACKAGE = ROOT / "diagnostics"
 LONGEST = 400
 
 ORDER = (
+    "markup",
     "layers",
     "columns",
     "records",
@@ -58,6 +59,7 @@ TO_THE_RIGHT = {
 """Imports against the order: inside a function, each with its reason."""
 
 STEP_PATH = {*ORDER} - {
+    "markup",
     "layers",
     "columns",
     "records",
@@ -74,6 +76,7 @@ STEP_PATH = {*ORDER} - {
     "outcomes",
 }
 WITHOUT_TORCH = (
+    "markup",
     "layers",
     "columns",
     "records",

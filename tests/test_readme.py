@@ -83,7 +83,7 @@ def test_the_notebook_s_chain_is_called_vanishing(capsys):
     exec(compile(block, "the notebook", "exec"), namespace := {})
     namespace["monitor"].close()
     assert "vanishing" in capsys.readouterr().out
-    assert len(namespace["figure"].axes) >= 3
+    assert len(namespace["figure"].specification["hconcat"]) == 3
 
 
 @pytest.fixture
@@ -197,7 +197,11 @@ def tree():
 
 
 def test_the_tree_is_the_tree():
-    package = [path.relative_to(ROOT) for path in (ROOT / "diagnostics").rglob("*") if path.suffix in {".py", ".html"}]
+    package = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "diagnostics").rglob("*")
+        if path.suffix in {".py", ".html", ".css", ".js"}
+    ]
     conf = [path.relative_to(ROOT) for path in CONF.iterdir()]
     there = {str(path) for path in package} | {f"{path}/" if (ROOT / path).is_dir() else str(path) for path in conf}
     there |= {f"{folder}/" for path in package for folder in path.parents[:-1]} | {"diagnostics/explain/pages/"}

@@ -118,7 +118,7 @@ def test_a_sweep_says_at_its_end_what_stopping_saved_and_so_does_the_report(star
         "sink=[runlog]",
         "diagnostics.on_diagnosis=stop,record",
     )
-    *lines, stopped, outcome, empty, page = capsys.readouterr().out.splitlines()
+    *_, stopped, outcome, empty, page = capsys.readouterr().out.splitlines()
     assert stopped == "Stopped when sick: 1 of 1 runs, which saved 19 of 40 steps."
     assert outcome.startswith("Nothing tells what a good outcome is")
     (sweep,) = Path("multirun").iterdir()
