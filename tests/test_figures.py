@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from run_records import HARD, INFO, VIOLATION, diagnosed, fading, record
+from test_page import summary
 from test_runlog import write
 
 from diagnostics.records import ClipRecord, Diagnosis, Layers, StepRecord
@@ -34,6 +35,7 @@ from diagnostics.reports.figures import (
     what_if,
 )
 from diagnostics.reports.figures.numbers import rounded
+from diagnostics.reports.fleet import assemble
 from diagnostics.reports.history import History, histories
 from diagnostics.reports.specifications import BY_NAME
 from diagnostics.reports.whatif import what_if as answers
@@ -164,7 +166,7 @@ def test_the_fitted_line_runs_through_a_profile_that_is_a_line(slope: float) -> 
     )
     assert [profile["line"][depth] for depth in (1, 4, 7)] == [None] * 3
     assert profile["log10"][9] == -1
-    assert profile["label"] == f"step 0: {slope:+.3g} decades per layer back"
+    assert profile["label"] == f"step 0: {slope:+.3g} decades per layer"
 
 
 def test_a_profile_shows_the_first_the_middle_and_the_last_recorded_step_or_those_asked_for() -> None:
@@ -253,6 +255,20 @@ def test_runs_of_different_depth_are_overlaid_by_relative_depth() -> None:
     figure = overlays.overlay({"a": [[-1.0, -2.0]], "b": [[-1.0, -1.0, -1.0]]})
     assert figure.name == "overlay_relative"
     assert [one["relative"] for one in figure.data["runs"]] == [[0, 1], [0, 0.5, 1]]
+
+
+def test_a_fleet_is_drawn_as_sick_rows_beside_sound_ones_named_by_what_tells_them_apart() -> None:
+    runs = [
+        summary(f"run{n}", 3 * (n < 6), overrides=("a.b=1", f"model.depth={n}", f"task.x=v.{n % 2}")) for n in range(12)
+    ]
+    fleet = assemble(runs)
+    described = {one.path: {"profile": [-1.0, -2.0]} for one in runs}
+    (figure,) = overlays.of_fleet(fleet, described)
+    names = [one["run"] for one in figure.data["runs"]]
+    assert len(names) == 8
+    assert figure.note == "depth · x"
+    assert names[0] == "0 · v.0"
+    assert {int(name.split(" · ")[0]) >= 6 for name in names} == {True, False}
 
 
 def test_before_and_after_are_drawn_with_their_differences() -> None:

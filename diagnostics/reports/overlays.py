@@ -14,21 +14,23 @@ from diagnostics.reports.figures.numbers import (
     floats,
     rounded,
 )
-from diagnostics.reports.fleet import Fleet
+from diagnostics.reports.fleet import Fleet, Row
 from diagnostics.reports.history import History
 from diagnostics.reports.specifications import BY_NAME
 from diagnostics.reports.thinning import (
     cells,
 )
 
-MOST_LINES = 8  # colours and shapes that can be told apart
+MOST_OF_A_KIND = 4  # sick rows and sound ones: there are eight colours and shapes that can be told apart
+SEPARATOR = " · "
 
 
-def overlay(profiles: Mapping[str, Sequence[Sequence[float | None]]]) -> Figure:
+def overlay(profiles: Mapping[str, Sequence[Sequence[float | None]]], note: str = "") -> Figure:
     """Profiles of several runs in one figure; runs under one name, as those that differ in their seed, have a band.
 
     Args:
         profiles: By name, the profiles of its runs (:func:`last_profile`). By relative depth where depths differ.
+        note: What the names say.
 
     Returns:
         The figure.
@@ -42,7 +44,8 @@ def overlay(profiles: Mapping[str, Sequence[Sequence[float | None]]]) -> Figure:
         "Output gradient over depth, run by run",
         BY_NAME[name],
         {"runs": table, "frame": axis_frame("log10", heights)},
-        words=f"Output gradient over depth of {len(table)} runs or groups of runs at their last recorded step.",
+        note,
+        f"Output gradient over depth of {len(table)} runs or groups of runs at their last recorded step.",
     )
 
 
@@ -123,17 +126,33 @@ def compared(comparison: Comparison) -> tuple[Figure, Figure]:
 def of_fleet(
     fleet: Fleet, described: Mapping[Any, Mapping[str, Any]], comparison: Comparison | None = None
 ) -> list[Figure]:
-    """The figures of many runs: an overlay of the sickest rows, and the comparison where there is one.
+    """The figures of many runs: the sickest rows beside sound ones, and the comparison where there is one.
 
     Args:
         fleet: The rows.
         described: Each run as :func:`diagnostics.reports.view.describe` gives it, by the path of its log.
         comparison: Of the folders.
     """
-    profiles = {}
-    for row in fleet.rows[:MOST_LINES]:
-        profiles[row.label] = [described[path]["profile"] for path in row.logs if path in described]
-    return [overlay(profiles), *(compared(comparison) if comparison else ())]
+    known = [row for row in fleet.rows if any(path in described for path in row.logs)]
+    sick = [row for row in known if row.sick][:MOST_OF_A_KIND]
+    rows = [*sick, *[row for row in known if not row.sick][:MOST_OF_A_KIND]]
+    names, note = _names(rows)
+    profiles = {
+        name: [described[path]["profile"] for path in row.logs if path in described]
+        for name, row in zip(names, rows, strict=True)
+    }
+    return [overlay(profiles, note), *(compared(comparison) if comparison else ())]
+
+
+def _names(rows: Sequence[Row]) -> tuple[list[str], str]:
+    """Short names that tell the rows apart, and what stands in them: values alone where all rows have the same keys."""
+    common = set.intersection(*(set(row.overrides) for row in rows)) if len(rows) > 1 else set()
+    own = [[one.partition("=") for one in row.overrides if one not in common] for row in rows]
+    keys = {tuple(key.rpartition(".")[2] for key, _, _ in pairs) for pairs in own}
+    names = [SEPARATOR.join(value for _, _, value in pairs) for pairs in own]
+    if len(keys) == 1 and all(names) and len(set(names)) == len(names):
+        return names, SEPARATOR.join(*keys)
+    return [f"{place}: {row.label}" for place, row in enumerate(rows, 1)], ""
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:

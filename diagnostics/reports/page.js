@@ -176,12 +176,13 @@ function showRun(number) {
 // Where every run is called by its overrides, as in a sweep, a column of them would say everything twice.
 const flat = rows => rows.flatMap(row => [row, ...row.members]);
 const named = fleet && flat(fleet.rows).every(row => row.overrides.every(one => row.label.includes(one)));
+const seeds = fleet && fleet.rows.some(row => row.runs > 1);
 const COLUMNS = [
   {name: "run", text: true, key: row => row.label},
   ...(named ? [] : [{name: "overrides that differ", text: true, key: row => row.overrides.join(" ")}]),
   {name: "verdict", text: true, key: row => -row.severity * 1e6 - row.violations.length},
-  {name: "sick", key: row => -row.sick / row.runs},
-  {name: "slope, decades per layer", key: row => row.slope ? row.slope.median : null},
+  ...(seeds ? [{name: "sick", key: row => -row.sick / row.runs}] : []),
+  {name: "slope", key: row => row.slope ? row.slope.median : null},
   {name: "clipped", key: row => row.clipped ? row.clipped.median : null},
   {name: "broken rules", key: row => -row.violations.length},
   {name: "last loss", key: row => row.loss ? row.loss.median : null},
@@ -212,7 +213,7 @@ function line(row, member, again) {
   if (box) box.checked = view.picked.has(row.id);
   return element("tr", {class: member ? "member" : null, "data-row": row.id},
     cell(box, "pick"), cell(name, "text name"), named ? null : cell(row.overrides.map(one => element("code", {}, one)), "text overrides"), cell(badge(row.badge), "text"),
-    cell(many ? `${row.sick} of ${row.runs}` : row.sick ? "yes" : "no"),
+    seeds ? cell(many ? `${row.sick} of ${row.runs}` : row.sick ? "yes" : "no") : null,
     cell(spread(row.slope, many)), cell(spread(row.clipped, many)), cell(row.violations.length ? row.violations.join(", ") : "0"),
     cell(spread(row.loss, many)), cell(row.status, "text status"));
 }
@@ -283,7 +284,8 @@ function showFleet() {
     element("header", {class: fleet.tone}, element("p", {class: "run"}, fleet.name), element("h1", {tabindex: -1}, fleet.headline),
       fleet.common.length ? element("p", {class: "soft"}, "In all runs: ", fleet.common.map(one => [element("code", {}, one), " "]).flat()) : null),
     fleet.comparison ? element("section", {}, element("h2", {}, "Before and after"), element("p", {}, fleet.sentence), element("div", {class: "figures"}, figures.map(one => one.made))) : null,
-    element("h2", {}, "Runs, the sickest first"), ...fleetTable(),
+    element("h2", {}, "Runs, the sickest first"), fleetTable(),
+    element("p", {class: "soft"}, "slope: decades by which the gradient changes per layer on the way back, at the last recorded step; below 0 it vanishes, above 0 it explodes. clipped: share of the steps.", seeds ? " Runs that differ only in their seed are one row that opens: the median, and below it the range." : null),
     separations(),
     element("h2", {}, "Over each other"), overlaid,
     fleet.troubles.length ? element("section", {}, element("h2", {}, "Not read"), element("ul", {}, fleet.troubles.map(text => element("li", {}, text)))) : null,

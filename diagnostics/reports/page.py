@@ -154,7 +154,7 @@ def _fleet(
     runs, sick = len(fleet.runs), sum(run.sick is True for run in fleet.runs)
     worst = fleet.rows[0] if fleet.rows else None
     return {
-        "name": str(page.parent),
+        "name": page.parent.resolve().name,
         "headline": f"{sick} of {runs} runs {'is' if sick == 1 else 'are'} sick" if runs else "No run",
         "tone": _badge(worst.members[0])[1] if worst else "unknown",
         "common": list(fleet.common),

@@ -205,7 +205,7 @@ def _chosen(recorded: NDArray[np.int64], steps: Sequence[int]) -> list[int]:
 def _profile(history: History, place: int, logs: NDArray[np.float64]) -> dict[str, Any]:
     """A row of the table ``profiles``: the depths, their log10 rms, and where the fit puts them."""
     fit = history.fits.get(place)
-    slope = f"{fit.slope:+.3g} decades per layer back" if fit else "no fit"
+    slope = f"{fit.slope:+.3g} decades per layer" if fit else "no fit"
     line = _fitted_line(history, fit) if fit else {}
     step = int(history.steps[place])
     return {

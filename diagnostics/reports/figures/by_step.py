@@ -166,7 +166,8 @@ def what_if(found: Sequence[WhatIf]) -> Figure:
         "What another max_norm would have clipped",
         BY_NAME["what_if"],
         {"norms": table, "current": current},
-        words=said,
+        "dashed: the threshold of this run" if current else "",
+        said,
     )
 
 

@@ -136,7 +136,7 @@ def depth_profile() -> Specification:
 def by_depth(title: str, scale: str, reading: str = "~g") -> Specification:
     """One number of each layer: median, spread, last step. Tables: ``spread``, ``layers``, ``level``."""
     y = quantity("median", title, format=reading, type=scale, nice=scale != "log")
-    names = ["where the middle 80 % of the steps lie", "median", "last recorded step"]
+    names = ["middle 80 % of the steps", "median", "last recorded step"]
     lines = [told("layer", "layer"), *(told(name, name) for name in ("low", "median", "high", "last"))]
     return {
         **size(),

@@ -126,11 +126,6 @@ def what_if() -> Specification:
         "layer": [
             {"data": {"name": "current"}, "mark": {"type": "rule", "strokeDash": [5, 3]}},
             {
-                "data": {"name": "current"},
-                "mark": {"type": "text", "align": "left", "baseline": "top", "dx": 4, "text": "this run"},
-                "encoding": {"y": {"value": 0}},
-            },
-            {
                 "data": {"name": "norms"},
                 "transform": [flatten("max_norm", "clipped", "coefficient")],
                 "encoding": {"y": quantity("clipped", "share of steps clipped", format=".0%", domain=[0, 1])},
