@@ -321,7 +321,7 @@ def test_the_more_runs_a_page_has_the_narrower_are_their_heatmaps(tmp_path: Path
     (one, many) = (
         len(describe(run, columns_for(runs))["parts"][0]["figures"][0]["data"]["columns"]) for runs in (1, 500)
     )
-    assert (one, many) == (160, 50)
+    assert (one, many) == (160, 40)
 
 
 # other people's text

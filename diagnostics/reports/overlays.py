@@ -63,7 +63,8 @@ def band(profiles: Sequence[Sequence[float | None]]) -> dict[str, list[Any]]:
     known = np.isfinite(values).any(axis=0)
     depths = np.flatnonzero(known)
     last = max(values.shape[1] - 1, 1)
-    low, median, high = np.nanquantile(values[:, known], (0, 0.5, 1), axis=0)
+    of = np.nanquantile if np.isnan(values[:, known]).any() else np.quantile  # the latter is fifty times as fast
+    low, median, high = of(values[:, known], (0, 0.5, 1), axis=0)
     return {
         "depth": depths.tolist(),
         "relative": rounded(depths / last),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from diagnostics.reports.whatif import WhatIf
 
 TONES = ("calm", "notice", "warning", "severe", "severe")
-WIDEST, NARROWEST, ROOM = 160, 40, 25_000
+WIDEST, NARROWEST, ROOM = 160, 40, 20_000
 """Columns of a heatmap: the most, the fewest, and how many all heatmaps of a page may have together."""
 
 MOST_PROFILES = 7
@@ -46,7 +46,7 @@ def columns_for(runs: int) -> int:
 
     Example:
         >>> columns_for(1), columns_for(500)
-        (160, 50)
+        (160, 40)
     """
     return max(NARROWEST, min(WIDEST, ROOM // max(runs, 1)))
 
