@@ -330,7 +330,7 @@ def test_the_more_runs_a_page_has_the_narrower_are_their_heatmaps(tmp_path: Path
 def attacked(folder: Path) -> Path:
     """A page of a run in which every text is an attack."""
     attack = RunInfo(ATTACK, ATTACK, ATTACK, (ATTACK, "</code>"), {}, 0, ATTACK, {ATTACK: ATTACK}, {"commit": ATTACK})
-    names = [ATTACK, "</script><script>alert(3)</script>", "<!--<script>"]
+    names = [ATTACK, "</script ><script>alert(3)</script>", "<!--<script >"]
     found = Diagnosis(ATTACK, 3, 0, 0, {}, ATTACK, (Remedy(ATTACK, ATTACK),))
     broken = Violation(ATTACK, 0, (ATTACK,), ATTACK, ATTACK)
     records = [
