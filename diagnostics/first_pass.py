@@ -230,7 +230,7 @@ def _describe(
     layers = observation.layers(table)
     record = StepRecord(
         step=0,
-        clip=replace(clipping, shares=observation.shares(table, clipping.shares)),
+        clip=replace(clipping, shares=observation.shares(table)),
         loss=number.values[0],
         layers=layers,
         fit=diagnosis.fit_depth(layers),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -71,7 +72,7 @@ def clip_gradients(parameters: Tensor | Iterable[Any], rule: ClipRule | ClipStat
     clipping.settle()
     record = clipping.clip()
     clipping.enter(record.total_norm)
-    return record
+    return replace(record, shares=clipping.shares)
 
 
 def clip_grad_norm_(
@@ -144,9 +145,9 @@ def tensors_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     if not isinstance(parameters, Iterable):
         raise TypeError(f"parameters must be tensors; got {type(parameters).__name__}: pass model.parameters().")
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"parameters must be tensors; got {type(tensor).__name__}: pass model.parameters().")
+    for kind in set(map(type, tensors)):
+        if not issubclass(kind, Tensor):
+            raise TypeError(f"parameters must be tensors; got {kind.__name__}: pass model.parameters().")
     if not tensors and isinstance(parameters, Iterator):
         raise ValueError(
             f"parameters must yield tensors; got a {type(parameters).__name__} with nothing left in it: "

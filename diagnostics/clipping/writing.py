@@ -19,6 +19,7 @@ from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.norms import GradientNorms, NormReading, p_norm, real_values, shares
 from diagnostics.clipping.state import ClipState, Member
 from diagnostics.records import ClipRecord
+from diagnostics.statistics.stacks import Layout, Stacks
 
 
 class _Part(NamedTuple):
@@ -40,6 +41,7 @@ class Clipping:
         members: Where each gradient's parameter belongs; needed by rules that clip by group.
         euclidean: Measure 2-norms too where the rule looks at others.
         scale: An AMP loss scale that the gradients are still multiplied by; their norms are divided by it.
+        layout: Which of the gradients are measured together, where that is known already.
     """
 
     def __init__(
@@ -51,15 +53,17 @@ class Clipping:
         members: Sequence[Member] = (),
         euclidean: bool = False,
         scale: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.state = state
         self._count = len(gradients)
         self._reader = reader
         groups = state.split(members) if isinstance(state, GroupState) else [("", state, range(self._count))]
-        self.parts = [_part(name, at_work, places, gradients) for name, at_work, places in groups]
+        self.stacks = Stacks(gradients, layout)
+        self.parts = [_part(name, at_work, places, self.stacks) for name, at_work, places in groups]
         wanted = euclidean or isinstance(state, GroupState)
         self._euclidean = [
-            NormReading(part.reading.gradients) if wanted and part.reading.norm_type != 2 else part.reading
+            NormReading(part.reading.stacks) if wanted and part.reading.norm_type != 2 else part.reading
             for part in self.parts
         ]
         self._readings = {reading: reader.ask(reading.tensor()) for reading in self._every()}
@@ -100,6 +104,11 @@ class Clipping:
             return self.norms[0].total
         return p_norm(self._sizes(), self.state.norm_type)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each gradient's part of ``total ** p``."""
+        return shares(self._sizes(), self.total, self.state.norm_type)
+
     def tensor(self) -> Tensor:
         """The norm as torch returns it."""
         return self.parts[0].reading.total_of(self.norms[0])
@@ -127,7 +136,7 @@ class Clipping:
             write: False only says what the rule thinks of gradients that somebody else is responsible for.
 
         Returns:
-            What was seen and done; shares are by gradient.
+            What was seen and done, without shares: they take as long as all the rest, and not everybody asks.
         """
         records = [self._clip(part, norms, write=write) for part, norms in zip(self.parts, self.norms, strict=True)]
         if not isinstance(self.state, GroupState):
@@ -141,7 +150,6 @@ class Clipping:
             clip_coef=after / total if total else 1.0,
             applied=any(record.applied for record in records),
             total_norm_after=after,
-            shares=shares(self._sizes(), total, self.state.norm_type),
             parts=tuple(records),
         )
 
@@ -192,7 +200,7 @@ class Clipping:
             applied=False,
             total_norm_after=total,
             threshold=state.clip_value if limit is None else limit.threshold,
-            shares=shares(norms.parameters, total, state.norm_type),
+            shares=shares(norms.parameters, total, state.norm_type) if isinstance(self.state, GroupState) else (),
             group=part.name,
         )
         write &= math.isfinite(total)
@@ -225,8 +233,8 @@ class Clipping:
         return replace(record, clip_coef=total / record.total_norm, applied=True, total_norm_after=total)
 
 
-def _part(name: str, state: ClipState, places: Sequence[int], gradients: Sequence[Tensor]) -> _Part:
-    own = [gradients[place] for place in places]
+def _part(name: str, state: ClipState, places: Sequence[int], every: Stacks) -> _Part:
+    own = every if len(places) == len(every.tensors) else Stacks([every.tensors[place] for place in places])
     reading = NormReading(own, state.norm_type, max_norm=state.max_norm, clip_value=state.clip_value)
     return _Part(name, state, places, reading)
 

@@ -321,7 +321,7 @@ class Monitor(Guarded, Resumable):
         table = self._catalogue.layers(self._watcher, unit.home)
         layers = observation.layers(table, seen.clip_factor)
         clipped, quantiles = unit.count(seen.clip.total_norm, clipped=seen.clip.applied)
-        shares = observation.shares(table, seen.clip.shares)
+        shares = observation.shares(table)
         record = StepRecord(
             step=unit.step - 1,
             clip=replace(seen.clip, shares=shares, clip_fraction=clipped, norm_quantiles=quantiles),
@@ -339,7 +339,7 @@ class Monitor(Guarded, Resumable):
         record = self._ledger.enter(record, self._facts.step(observation, record, unit, closure=closure))
         if not skipped:
             observation.clipping.enter(seen.clip.total_norm)
-            self._watcher.spend(observation.indices)
+            self._watcher.spend(observation.indices, observation.parameters)
         if record.recorded and not (skipped or closure):
             self._facts.moved(observation, record)
         if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):

@@ -10,7 +10,7 @@ import operator
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from diagnostics.records import Column, Layer
 
@@ -73,26 +73,6 @@ class Groups:
         for row, mean in zip(self.rows, means, strict=True):
             dense[row] = mean
         return Column.of(dense)
-
-
-class Roster(NamedTuple):
-    """Some parameters in order.
-
-    Attributes:
-        indices: Theirs.
-        names: Theirs.
-        sizes: Their numbers of elements.
-        factors: From the norm of each one's sample to the norm of the whole.
-    """
-
-    indices: tuple[int, ...]
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    factors: tuple[float, ...]
-
-    def estimated(self, norms: Numbers) -> array[float]:
-        """The norm of each parameter from that of its sample."""
-        return array("d", map(operator.mul, norms, self.factors))
 
 
 class Table:

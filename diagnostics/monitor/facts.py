@@ -147,7 +147,7 @@ class Facts:
             optimizer=record.optimizer,
             step=record.step,
             norms=norms,
-            rewritten=frozenset(index for index in norms if self._watcher.rewritten(index)),
+            rewritten=self._watcher.rewritten(norms),
             replaced=self._watcher.replaced(),
             total_norm=record.clip.total_norm_after,
             max_norm=observation.clipping.state.max_norm,

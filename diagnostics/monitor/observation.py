@@ -14,7 +14,7 @@ from torch import Tensor
 from diagnostics import statistics
 from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.writing import Clipping
-from diagnostics.contract.acts import Compared
+from diagnostics.contract.acts import NOBODY, Compared
 from diagnostics.contract.rules.clips import EXCESS
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp
@@ -60,7 +60,7 @@ def see(observation: Observation, own: ClipRecord | None, *, late: bool = False)
     found = observation.clipping.clip(write=False)
     if own is None or not own.applied:
         return Seen(observation, found, late=late)
-    merged = replace(own, total_norm_after=found.total_norm, shares=found.shares)
+    merged = replace(own, total_norm_after=found.total_norm)
     return Seen(observation, merged, own.total_norm_after / own.total_norm, late)
 
 
@@ -114,12 +114,12 @@ class Observation:
         self.passes = list(passes)
         self.held = held = unit.parameters()
         self._rates = [reader.ask(lr) if isinstance(lr, Tensor) else float(lr) for lr in unit.learning_rates()]
-        parameters, self.gradients = statistics.gradients_of(held)
-        self._roster = catalogue.roster(parameters)
+        self.parameters, self.gradients = statistics.gradients_of(held)
+        self._roster = catalogue.roster(self.parameters)
         self.indices = self._roster.indices
         still_scaled, overflow = amp.inside_step(unit.optimizers)
         self._overflow = None if overflow is None else reader.ask(overflow)
-        members = unit.members(parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
+        members = unit.members(self.parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
         self.clipping = Clipping(
             self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
         )
@@ -158,6 +158,8 @@ class Observation:
     @property
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
+        if 0.0 not in self.by_gradient:
+            return NOBODY
         return {index for index, norm in zip(self.indices, self.by_gradient, strict=True) if norm == 0}
 
     def fingerprint(self) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
@@ -228,11 +230,11 @@ class Observation:
 
         return Layers.from_columns(table.layers, measured, updates)
 
-    def shares(self, table: Table, by_parameter: Sequence[float]) -> tuple[float, ...]:
-        """The parts of the norm by layer, from those by parameter."""
+    def shares(self, table: Table) -> tuple[float, ...]:
+        """The parts of the norm by layer."""
         groups = table.groups(self._roster.names)
         found = [0.0] * groups.size
-        for row, share in zip(groups.rows, groups.fold(by_parameter, operator.add), strict=True):
+        for row, share in zip(groups.rows, groups.fold(self.clipping.shares, operator.add), strict=True):
             found[row] = share
         return tuple(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,12 +41,18 @@ class Unit:
         self.clipping = ClipState("none", 2.0)
         self.step = 0
         self.passes: list[BackwardPass] = []
+        self._given: list[Tensor] = []
+        self._unique: list[Tensor] = []
         self._clipped = 0
         self._norms = NormWindow(NORM_WINDOW)
 
     def parameters(self) -> list[Tensor]:
-        """All parameters that it owns, each once; groups that were added later included."""
-        return list({id(parameter): parameter for parameter in self._parameters()}.values())
+        """All parameters that it owns, each once; groups that were added later included. The same list if no news."""
+        given = list(self._parameters())
+        if len(given) != len(self._given) or not all(map(operator.is_, given, self._given)):
+            self._given = given
+            self._unique = list({id(parameter): parameter for parameter in given}.values())
+        return self._unique
 
     def learning_rates(self) -> list[Tensor | float]:
         """One per parameter group, as the optimizer holds them."""

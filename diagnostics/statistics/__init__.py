@@ -7,11 +7,15 @@ exploding nets live. So a norm that looks as if it had left the range is taken a
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
+
+from diagnostics.statistics.stacks import Stacks
 
 UPDATE_SAMPLE = 4096
 TRUSTED_DECADES = 30.0
@@ -27,16 +31,21 @@ def gradients_of(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tenso
         parameters: Tensors; one that is given twice counts once, one without gradient is left out.
 
     Returns:
-        The parameters and their gradients, in the order given.
+        The parameters and their gradients, in the order given; the very list if that is what it was.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.ones(2)
         >>> gradients_of([weight, weight, torch.nn.Parameter(torch.zeros(1))])[1]
         [tensor([1., 1.])]
     """
-    unique = {id(parameter): parameter for parameter in parameters if parameter.grad is not None}
-    owners = list(unique.values())
-    return owners, [parameter.grad for parameter in owners if parameter.grad is not None]
+    owners = parameters if isinstance(parameters, list) else list(parameters)
+    if len(set(map(id, owners))) < len(owners):
+        owners = list({id(parameter): parameter for parameter in owners}.values())
+    gradients = [parameter.grad for parameter in owners]
+    if any(map(operator.is_, gradients, repeat(None))):
+        owners = [parameter for parameter, gradient in zip(owners, gradients, strict=True) if gradient is not None]
+        gradients = [gradient for gradient in gradients if gradient is not None]
+    return owners, gradients  # type: ignore[return-value] # those that are None are out
 
 
 @torch.no_grad()
@@ -56,6 +65,21 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tens
         >>> parameter_norms([torch.tensor([3.0, 4.0]), torch.ones(4)])
         tensor([5., 2.])
     """
+    return stacked_norms(Stacks(gradients), norm_type)
+
+
+@torch.no_grad()
+def stacked_norms(stacks: Stacks, norm_type: float = 2.0) -> Tensor:
+    """The same of tensors that have been stacked."""
+
+    def of_rows(rows: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=_accumulation_dtype(rows.dtype))
+        return norms
+
+    return stacks.reduce(of_rows, lambda rest: _norms_apart(rest, norm_type))
+
+
+def _norms_apart(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     values = [dense(gradient) for gradient in gradients]
     norms: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}

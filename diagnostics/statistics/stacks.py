@@ -1,0 +1,134 @@
+"""Many small tensors measured by few kernels: those of one size are copied side by side and reduced row by row.
+
+A kernel on 256 numbers costs its launch. A reduction over the rows of a stack gives bit for bit what one reduction per
+tensor gives on a CPU; other devices have kernels for lists of tensors, which need no copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+STACKED = 2048
+"""A larger tensor is worth a kernel of its own."""
+LEAST = 4
+"""So many of one size make a stack."""
+
+
+class Layout:
+    """Which tensors are stacked.
+
+    Args:
+        sizes: Their numbers of elements.
+        kinds: What those of a stack have in common, as their shape; the size where that says the same.
+
+    Attributes:
+        stacks: Places of those that are stacked together.
+        rest: Places of the others.
+
+    Example:
+        >>> layout = Layout([6, 6, 6, 6, 4096])
+        >>> layout.stacks, layout.rest
+        ([[0, 1, 2, 3]], [4])
+    """
+
+    def __init__(self, sizes: Sequence[int], kinds: Sequence[Hashable] | None = None) -> None:
+        places: dict[Hashable, list[int]] = {}
+        own = sizes if kinds is None else kinds
+        if own and own.count(own[0]) == len(own):
+            places[own[0]] = list(range(len(own)))
+        else:
+            for place, kind in enumerate(own):
+                places.setdefault(kind, []).append(place)
+        self.stacks = [one for one in places.values() if 0 < sizes[one[0]] <= STACKED and len(one) >= LEAST]
+        self.rest = sorted(set(range(len(sizes))).difference(*self.stacks)) if places else []
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """Where each tensor's result is among those of the stacks, one after the other, and of the rest behind them."""
+        places = [*chain.from_iterable(self.stacks), *self.rest]
+        if places == list(range(len(places))):
+            return None
+        order = torch.empty(len(places), dtype=torch.long)
+        order[torch.tensor(places)] = torch.arange(len(places))
+        return order
+
+
+class Stacks:
+    """Some tensors, the small ones among them as rows of few.
+
+    Args:
+        tensors: Of any shape, dtype and device.
+        layout: Theirs, where it is known already.
+
+    Attributes:
+        rows: The stacks, shape ``[tensors, elements]``; none where tensors are not plain ones on a CPU.
+        rest: The other tensors.
+
+    Example:
+        >>> stacks = Stacks([torch.ones(2), torch.zeros(2), torch.ones(2), torch.ones(2), torch.ones(3)])
+        >>> stacks.reduce(lambda rows: rows.sum(1), lambda rest: torch.stack([one.sum() for one in rest]))
+        tensor([2., 0., 2., 2., 3.])
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], layout: Layout | None = None) -> None:
+        self.tensors = tensors
+        self.rows: list[Tensor] = []
+        self.rest: Sequence[Tensor] = tensors
+        self._order: Tensor | None = None
+        if len(tensors) < LEAST or tensors[0].device.type != "cpu":
+            return
+        if layout is not None:
+            self._stack(layout)
+            return
+        sizes = list(map(Tensor.numel, tensors))  # a shape takes six times as long to ask for
+        if not self._stack(Layout(sizes)):
+            self._stack(Layout(sizes, [tensor.shape for tensor in tensors]))
+
+    def _stack(self, layout: Layout) -> bool:
+        whole = len(layout.stacks) == 1 and not layout.rest
+        rows: list[Tensor] = []
+        for places in layout.stacks:
+            one = _stacked(self.tensors if whole else [self.tensors[place] for place in places])
+            if one is None:
+                return False
+            rows.append(one)
+        if rows:
+            self.rows, self.rest, self._order = rows, [self.tensors[place] for place in layout.rest], layout.order
+        return bool(rows)
+
+    def reduce(
+        self, of_rows: Callable[[Tensor], Tensor], of_rest: Callable[[Sequence[Tensor]], Tensor], dim: int = 0
+    ) -> Tensor:
+        """One number for every tensor, in order.
+
+        Args:
+            of_rows: Makes the numbers of a stack.
+            of_rest: Makes those of other tensors.
+            dim: The dimension of both results that counts tensors.
+        """
+        if not self.rows:
+            return of_rest(self.rest)
+        found = [of_rows(one) for one in self.rows]
+        if self.rest:
+            found.append(of_rest(self.rest))
+        together = torch.cat(found, dim) if len(found) > 1 else found[0]
+        return together if self._order is None else together.index_select(dim, self._order)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one shape as rows; None where they are not plain, or lie in memory in an order of their own."""
+    try:
+        if not all(map(Tensor.is_contiguous, tensors)):
+            return None
+        stack = torch.stack(tensors)  # type: ignore[arg-type] # any sequence
+    except (RuntimeError, NotImplementedError):  # sparse ones, or several devices
+        return None
+    mixed = stack.dtype == torch.float64 and any(tensor.dtype != torch.float64 for tensor in tensors)
+    if type(stack) is not Tensor or stack.is_sparse or stack.is_complex() or mixed:
+        return None
+    return stack.reshape(len(tensors), -1)
