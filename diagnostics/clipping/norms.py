@@ -192,7 +192,9 @@ def shares(norms: Sequence[float], total: float, norm_type: float) -> tuple[floa
     if math.isinf(norm_type):
         ties = sum(norm == total for norm in norms) or 1
         return tuple(float(norm == total) / ties for norm in norms)
-    return tuple((norm / total) ** norm_type for norm in norms)
+    if norm_type == 2:
+        return tuple([(norm / total) * (norm / total) for norm in norms])
+    return tuple([(norm / total) ** norm_type for norm in norms])
 
 
 def p_norm(norms: Sequence[float], norm_type: float) -> float:

@@ -30,8 +30,8 @@ from diagnostics import statistics
 from diagnostics.depth import Owner
 from diagnostics.depth.forward import Forward, Point, Role
 from diagnostics.hooks.callback import Hook as _Hook
+from diagnostics.hooks.callback import adding, has_closure, takes_hooks
 from diagnostics.hooks.callback import graph_task as _graph_task
-from diagnostics.hooks.callback import has_closure, takes_hooks
 from diagnostics.hooks.graph import Leaves
 from diagnostics.hooks.marks import Marks, Spent, is_other, state
 from diagnostics.hooks.passes import BackwardPass, measured
@@ -105,7 +105,7 @@ class Watcher:
             parameter = self._parameters[index]()
             if parameter is not None and not is_lazy(parameter) and parameter.requires_grad and parameter.is_leaf:
                 begins = _Hook(self, self._pass_begins, index)
-                hook = _adds(index, self._added, self._running, begins)
+                hook = adding(index, self._added, self._running, begins)
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
             elif parameter is not None:
@@ -181,7 +181,9 @@ class Watcher:
 
     def cleared(self) -> frozenset[int]:
         """Parameters to which a pass has added what no step has spent, and whose ``.grad`` is None by now."""
-        return frozenset(index for index in self._unspent if self._gradient(index) is None)
+        unspent = tuple(self._unspent)
+        pairs = zip(unspent, self._gradients(unspent), strict=True)
+        return frozenset(index for index, gradient in pairs if gradient is None)
 
     def failed(self, error: Exception) -> None:
         """Switches all hooks off; the first reason is kept."""
@@ -374,7 +376,7 @@ class Watcher:
         self._unspent -= cleared
         before, touched = self._marks.check()
         found = BackwardPass(cleared=cleared, before=before, touched=touched, training=self._training())
-        held, self._emptied = self._spent.held(self._gradient)
+        held, self._emptied = self._spent.held(self._gradients)
         if not held:
             return found
         found.held = tuple(held)
@@ -386,18 +388,10 @@ class Watcher:
     def _training(self) -> bool:
         return any(model is not None and model.training for model in (one() for one in self._models))
 
+    def _gradients(self, indices: Sequence[int]) -> list[Tensor | None]:
+        known = self._parameters
+        return [None if (parameter := known[index]()) is None else parameter.grad for index in indices]
+
     def _gradient(self, index: int) -> Tensor | None:
         parameter = self._parameters[index]()
         return None if parameter is None else parameter.grad
-
-
-def _adds(index: int, added: list[int], running: Sequence[int], begins: _Hook) -> Callable[[Tensor], None]:
-    """A hook that notes its parameter. It runs for each of them in every pass, so it does nothing else."""
-
-    def hook(parameter: Tensor) -> None:
-        if running:
-            added.append(index)
-        else:
-            begins(parameter)
-
-    return hook

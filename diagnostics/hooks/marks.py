@@ -107,15 +107,14 @@ class Spent:
             self._states.update(zip(indices, zip(tensors, versions, strict=True), strict=True))
         return self._states
 
-    def held(self, gradient: Callable[[int], Tensor | None]) -> tuple[dict[int, Tensor], Spent]:
+    def held(self, gradients: Callable[[Sequence[int]], list[Tensor | None]]) -> tuple[dict[int, Tensor], Spent]:
         """Those that are still in ``.grad``, or others in their place; the rest is taken out and returned."""
-        out = Spent()
+        out, held = Spent(), {}
         newest = self._newest
-        if newest is not None and all(gradient(index) is None for index in newest[0]):
+        if newest is not None and not any(map(operator.is_not, gradients(newest[0]), repeat(None))):
             out._newest, self._newest = newest, None
-        states, held = self.states(), {}
-        for index in list(states):
-            tensor = gradient(index)
+        states = self.states()
+        for index, tensor in zip(tuple(states), gradients(tuple(states)), strict=True):
             if tensor is None:
                 out._states[index] = states.pop(index)
             else:

@@ -152,7 +152,7 @@ class Facts:
             total_norm=record.clip.total_norm_after,
             max_norm=observation.clipping.state.max_norm,
             norm_type=record.clip.norm_type,
-            resolution=max(map(statistics.resolution, {one.dtype for one in observation.gradients}), default=0.0),
+            resolution=observation.resolution,
             skipped=record.skipped,
             closure=closure,
             loss_scale=record.loss_scale,

@@ -121,7 +121,13 @@ class Observation:
         self._overflow = None if overflow is None else reader.ask(overflow)
         members = unit.members(self.parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
         self.clipping = Clipping(
-            self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
+            self.gradients,
+            unit.clipping,
+            reader,
+            members=members,
+            euclidean=True,
+            scale=still_scaled,
+            layout=self._roster.layout,
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
         names = self._roster.names
@@ -131,7 +137,7 @@ class Observation:
         self._weight_norms = statistics.parameter_norms(self._before)
         self._weights = reader.ask(self._weight_norms)
         self._sampled_peaks = reader.ask(statistics.sampled_peaks(self._held)) if recorded else None
-        self._places = unit.rate_places(self._held)
+        self._places = unit.rate_places(self._held) if recorded else []
         self._moved: statistics.Reading | None = None
         self.compared: Compared | None = None
 
@@ -154,6 +160,11 @@ class Observation:
         """Reads everything that was asked for; a second time for what fp32 may not have held."""
         self.clipping.settle(lambda place: self.indices[place] in self._zeros)
         self.by_gradient = self.clipping.by_gradient
+
+    @property
+    def resolution(self) -> float:
+        """Relative distance of neighbouring numbers in the coarsest dtype of the parameters."""
+        return self._roster.resolution
 
     @property
     def zeros(self) -> AbstractSet[int]:

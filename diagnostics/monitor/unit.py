@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,6 +121,5 @@ class Unit:
         self.clipping.load_state_dict(state["clipping"])
 
     def _parameters(self) -> Iterator[Tensor]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield from group["params"]
+        groups = (group["params"] for optimizer in self.optimizers for group in optimizer.param_groups)
+        return chain.from_iterable(groups)
