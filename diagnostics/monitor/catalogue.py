@@ -33,7 +33,7 @@ class Roster(NamedTuple):
         sizes: Their numbers of elements.
         factors: From the norm of each one's sample to the norm of the whole.
         layout: Which of their gradients are measured together.
-        resolution: Relative distance of neighbouring numbers in the coarsest of their dtypes.
+        resolutions: Relative distance of neighbouring numbers in their dtypes.
     """
 
     indices: tuple[int, ...]
@@ -41,7 +41,7 @@ class Roster(NamedTuple):
     sizes: tuple[int, ...]
     factors: tuple[float, ...]
     layout: Layout
-    resolution: float
+    resolutions: tuple[float, ...]
 
     def estimated(self, norms: Sequence[float]) -> array[float]:
         """The norm of each parameter from that of its sample."""
@@ -129,8 +129,8 @@ class Catalogue:
             names, sizes = tuple(self.names[index] for index in key), tuple(tensor.numel() for tensor in tensors)
             factors = tuple(statistics.sample_factor(size, statistics.UPDATE_SAMPLE) for size in sizes)
             layout = Layout(sizes, [tensor.shape for tensor in tensors])
-            resolution = max(map(statistics.resolution, {tensor.dtype for tensor in tensors}), default=0.0)
-            self._rosters[key] = Roster(key, names, sizes, factors, layout, resolution)
+            resolutions = tuple(statistics.resolution(tensor.dtype) for tensor in tensors)
+            self._rosters[key] = Roster(key, names, sizes, factors, layout, resolutions)
         self._newest = tensors, self._rosters[key]
         return self._rosters[key]
 

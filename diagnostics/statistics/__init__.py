@@ -70,13 +70,21 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tens
 
 @torch.no_grad()
 def stacked_norms(stacks: Stacks, norm_type: float = 2.0) -> Tensor:
-    """The same of tensors that have been stacked."""
+    """The same of tensors that are stacked where that saves kernels: on a CPU."""
+    if not stacks.tensors or stacks.tensors[0].device.type != "cpu":
+        return _norms_apart(stacks.tensors, norm_type)
+    return stacks.reduce(lambda rows: row_norms(rows, norm_type), lambda rest: _norms_apart(rest, norm_type))
 
-    def of_rows(rows: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=_accumulation_dtype(rows.dtype))
-        return norms
 
-    return stacks.reduce(of_rows, lambda rest: _norms_apart(rest, norm_type))
+def row_norms(rows: Tensor, norm_type: float = 2.0) -> Tensor:
+    """The p-norm of each row; half types are accumulated in fp32.
+
+    Example:
+        >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([5., 1.])
+    """
+    norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=_accumulation_dtype(rows.dtype))
+    return norms
 
 
 def _norms_apart(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -168,7 +176,7 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
         torch.Size([6])
     """
     flat = detached(dense(tensor)).reshape(-1)
-    return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
+    return flat if flat.numel() <= limit else flat[:: stride(flat.numel(), limit)]
 
 
 def sample_factor(numel: int, limit: int) -> float:
@@ -178,7 +186,7 @@ def sample_factor(numel: int, limit: int) -> float:
         >>> sample_factor(4, 4), sample_factor(9, 5)
         (1.0, 1.3416407864998738)
     """
-    taken = numel if numel <= limit else math.ceil(numel / _stride(numel, limit))
+    taken = numel if numel <= limit else math.ceil(numel / stride(numel, limit))
     return math.sqrt(numel / taken) if taken else 1.0
 
 
@@ -198,24 +206,19 @@ def projection(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sampled_peaks(parameters: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of every parameter's gradient in a sample of it; 0 where there is none to look at.
+def sampled_peaks(stacks: Stacks) -> Tensor:
+    """The largest magnitude of every gradient in a sample of it; 0 for sparse ones, which are not looked at.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.tensor([1.0, -3.0])
-        >>> sampled_peaks([weight, torch.nn.Parameter(torch.zeros(1))])
+        >>> sampled_peaks(Stacks([torch.tensor([1.0, -3.0]), torch.zeros(1)]))
         tensor([3., 0.])
     """
-    gradients = [parameter.grad for parameter in parameters]
-    seen = [place for place, gradient in enumerate(gradients) if gradient is not None and not gradient.is_sparse]
-    if not seen:
-        return torch.zeros(len(gradients))
-    found = parameter_norms(
-        [sample(one, UPDATE_SAMPLE) for one in (gradients[i] for i in seen) if one is not None], math.inf
-    )
-    if len(seen) == len(gradients):
-        return found
-    return found.new_zeros(len(gradients)).index_copy(0, torch.tensor(seen, device=found.device), found)
+
+    def of_rest(rest: Sequence[Tensor]) -> Tensor:
+        samples = [one.new_zeros(1).to_dense() if one.is_sparse else sample(one, UPDATE_SAMPLE) for one in rest]
+        return parameter_norms(samples, math.inf)
+
+    return stacks.reduce(lambda rows: row_norms(rows, math.inf), of_rest)
 
 
 def resolution(dtype: torch.dtype) -> float:
@@ -317,11 +320,12 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _stride(numel: int, limit: int) -> int:
-    stride = max(2, math.ceil(numel / limit))
-    while numel % stride == 0 or not _is_prime(stride):
-        stride += 1
-    return stride
+def stride(numel: int, limit: int) -> int:
+    """By how many elements those of a sample lie apart, of more than so many."""
+    step = max(2, math.ceil(numel / limit))
+    while numel % step == 0 or not _is_prime(step):
+        step += 1
+    return step
 
 
 def _is_prime(number: int) -> bool:

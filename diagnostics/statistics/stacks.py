@@ -50,24 +50,18 @@ class Layout:
     @cached_property
     def order(self) -> Tensor | None:
         """Where each tensor's result is among those of the stacks, one after the other, and of the rest behind them."""
-        places = [*chain.from_iterable(self.stacks), *self.rest]
-        if places == list(range(len(places))):
-            return None
-        order = torch.empty(len(places), dtype=torch.long)
-        order[torch.tensor(places)] = torch.arange(len(places))
-        return order
+        return _order([*chain.from_iterable(self.stacks), *self.rest])
 
 
 class Stacks:
-    """Some tensors, the small ones among them as rows of few.
+    """Some tensors, the small ones among them as rows of few. They are stacked when that is first asked for.
 
     Args:
         tensors: Of any shape, dtype and device.
         layout: Theirs, where it is known already.
 
     Attributes:
-        rows: The stacks, shape ``[tensors, elements]``; none where tensors are not plain ones on a CPU.
-        rest: The other tensors.
+        tensors: The tensors.
 
     Example:
         >>> stacks = Stacks([torch.ones(2), torch.zeros(2), torch.ones(2), torch.ones(2), torch.ones(3)])
@@ -77,29 +71,49 @@ class Stacks:
 
     def __init__(self, tensors: Sequence[Tensor], layout: Layout | None = None) -> None:
         self.tensors = tensors
-        self.rows: list[Tensor] = []
-        self.rest: Sequence[Tensor] = tensors
-        self._order: Tensor | None = None
-        if len(tensors) < LEAST or tensors[0].device.type != "cpu":
-            return
-        if layout is not None:
-            self._stack(layout)
-            return
-        sizes = list(map(Tensor.numel, tensors))  # a shape takes six times as long to ask for
-        if not self._stack(Layout(sizes)):
-            self._stack(Layout(sizes, [tensor.shape for tensor in tensors]))
+        self._layout = layout
 
-    def _stack(self, layout: Layout) -> bool:
+    @property
+    def rows(self) -> list[Tensor]:
+        """The stacks, shape ``[tensors, elements]``: of plain tensors, contiguous in memory."""
+        return self._stacked[0]
+
+    @property
+    def places(self) -> list[list[int]]:
+        """The places of the tensors in each stack."""
+        return self._stacked[1]
+
+    @property
+    def rest(self) -> list[Tensor]:
+        """The tensors that are in no stack."""
+        return [self.tensors[place] for place in self.apart]
+
+    @property
+    def apart(self) -> list[int]:
+        """Their places."""
+        return self._stacked[2]
+
+    @cached_property
+    def _stacked(self) -> tuple[list[Tensor], list[list[int]], list[int], Tensor | None]:
+        layout = self._layout
+        if layout is not None:
+            return self._stack(layout)
+        sizes = list(map(Tensor.numel, self.tensors))  # a shape takes six times as long to ask for
+        layout = Layout(sizes)
+        found = self._stack(layout)
+        if len(found[0]) == len(layout.stacks):
+            return found
+        return self._stack(Layout(sizes, [tensor.shape for tensor in self.tensors]))
+
+    def _stack(self, layout: Layout) -> tuple[list[Tensor], list[list[int]], list[int], Tensor | None]:
         whole = len(layout.stacks) == 1 and not layout.rest
-        rows: list[Tensor] = []
-        for places in layout.stacks:
-            one = _stacked(self.tensors if whole else [self.tensors[place] for place in places])
-            if one is None:
-                return False
-            rows.append(one)
-        if rows:
-            self.rows, self.rest, self._order = rows, [self.tensors[place] for place in layout.rest], layout.order
-        return bool(rows)
+        stacks = (_rows(self.tensors if whole else [self.tensors[i] for i in places]) for places in layout.stacks)
+        found = [(rows, places) for rows, places in zip(stacks, layout.stacks, strict=True) if rows is not None]
+        rows, places = [one for one, _ in found], [one for _, one in found]
+        if len(found) == len(layout.stacks):
+            return rows, places, layout.rest, layout.order
+        apart = sorted(set(range(len(self.tensors))).difference(*places))
+        return rows, places, apart, _order([*chain.from_iterable(places), *apart])
 
     def reduce(
         self, of_rows: Callable[[Tensor], Tensor], of_rest: Callable[[Sequence[Tensor]], Tensor], dim: int = 0
@@ -111,22 +125,33 @@ class Stacks:
             of_rest: Makes those of other tensors.
             dim: The dimension of both results that counts tensors.
         """
-        if not self.rows:
-            return of_rest(self.rest)
-        found = [of_rows(one) for one in self.rows]
-        if self.rest:
-            found.append(of_rest(self.rest))
-        together = torch.cat(found, dim) if len(found) > 1 else found[0]
-        return together if self._order is None else together.index_select(dim, self._order)
+        rows, _, apart, _ = self._stacked
+        return self.assemble([*map(of_rows, rows), *([of_rest(self.rest)] if apart or not rows else [])], dim)
+
+    def assemble(self, found: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """What was found about each stack, and about the rest behind them, as one tensor in order."""
+        order = self._stacked[3]
+        together = torch.cat([*found], dim) if len(found) > 1 else found[0]
+        return together if order is None else together.index_select(dim, order.to(together.device))
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+def _order(places: Sequence[int]) -> Tensor | None:
+    """Where to find what stands at each place; None where everything stands at its own."""
+    if places == list(range(len(places))):
+        return None
+    order = torch.empty(len(places), dtype=torch.long)
+    order[torch.tensor(places)] = torch.arange(len(places))
+    return order
+
+
+@torch.no_grad()
+def _rows(tensors: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one shape as rows; None where they are not plain, or lie in memory in an order of their own."""
     try:
         if not all(map(Tensor.is_contiguous, tensors)):
             return None
         stack = torch.stack(tensors)  # type: ignore[arg-type] # any sequence
-    except (RuntimeError, NotImplementedError):  # sparse ones, or several devices
+    except (RuntimeError, NotImplementedError):  # sparse ones, several devices or shapes
         return None
     mixed = stack.dtype == torch.float64 and any(tensor.dtype != torch.float64 for tensor in tensors)
     if type(stack) is not Tensor or stack.is_sparse or stack.is_complex() or mixed:
