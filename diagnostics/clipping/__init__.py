@@ -20,6 +20,7 @@ from diagnostics.clipping.rules import ClipByNorm, ClipByQuantile, ClipByValue, 
 from diagnostics.clipping.state import ClipState, Member
 from diagnostics.clipping.writing import Clipping
 from diagnostics.records import ClipRecord, NonFiniteGradientError
+from diagnostics.statistics.reading import Reader
 
 __all__ = [
     "ClipByGroup",
@@ -68,7 +69,7 @@ def clip_gradients(parameters: Tensor | Iterable[Any], rule: ClipRule | ClipStat
     members: list[Member] = []
     if isinstance(state, GroupState):
         members, parameters = _grouped(parameters, state.by)
-    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], state, statistics.Reader(), members=members)
+    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], state, Reader(), members=members)
     clipping.settle()
     record = clipping.clip()
     clipping.enter(record.total_norm)
@@ -120,7 +121,7 @@ def clip_grad_norm_(
     """
     del foreach
     rule = rule_of(max_norm, norm_type)
-    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], rule.start(), statistics.Reader())
+    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], rule.start(), Reader())
     clipping.settle()
     if error_if_nonfinite and not math.isfinite(clipping.total):
         raise NonFiniteGradientError(

@@ -67,6 +67,7 @@ class NormReading:
     ) -> None:
         self.stacks = stacks
         self.gradients = gradients = stacks.tensors
+        self._count = len(gradients)
         self.norm_type = norm_type
         self.max_norm = max_norm
         self._norms = statistics.stacked_norms(stacks, norm_type)
@@ -113,6 +114,10 @@ class NormReading:
         """What has to be read of gradients that fp32 may not have held."""
         return statistics.exact_norms([self.gradients[index] for index in suspects], self.norm_type)
 
+    def release(self) -> None:
+        """Lets go of the gradients; what is still to come are numbers."""
+        self.stacks, self.gradients = Stacks(()), ()
+
     def norms(
         self, values: Sequence[float], suspects: Sequence[int] = (), rescued: Sequence[float] = ()
     ) -> GradientNorms:
@@ -125,6 +130,8 @@ class NormReading:
         """
         measured, flags = self._split(values)
         parameters, nonfinite = list(measured), [0] * len(measured)
+        if not (suspects or math.isfinite(values[0])):  # nobody could look closer: one element at least
+            nonfinite = [int(not math.isfinite(norm)) for norm in parameters]
         for place, index in enumerate(suspects):
             parameters[index] = rescued[place]
             nonfinite[index] = int(rescued[len(suspects) + place])
@@ -137,7 +144,7 @@ class NormReading:
     def _split(self, values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
         """The norms of the gradients, and the flags."""
         head = 1 if self.max_norm is None else 2
-        return values[head : head + len(self.gradients)], values[head + len(self.gradients) :]
+        return values[head : head + self._count], values[head + self._count :]
 
 
 @torch.no_grad()

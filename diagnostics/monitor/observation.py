@@ -33,6 +33,7 @@ from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.recording import Recording
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, Column, Layers
+from diagnostics.statistics.reading import Reader, Reading
 from diagnostics.statistics.samples import Samples
 
 NEGLIGIBLE = 1e-4
@@ -100,7 +101,7 @@ class Observation:
     def __init__(
         self,
         catalogue: Catalogue,
-        reader: statistics.Reader,
+        reader: Reader,
         unit: Unit,
         passes: Sequence[BackwardPass],
         *,
@@ -140,7 +141,7 @@ class Observation:
         self._weights = reader.ask(self._weight_norms)
         self._sampled_peaks = reader.ask(statistics.sampled_peaks(stacks)) if recorded else None
         self._places = unit.rate_places(self._held) if recorded else []
-        self._moved: statistics.Reading | None = None
+        self._moved: Reading | None = None
         self.compared: Compared | None = None
 
     @property
@@ -158,9 +159,9 @@ class Observation:
         """One per parameter group, as they were before the step."""
         return tuple(rate if isinstance(rate, float) else rate.values[0] for rate in self._rates)
 
-    def settle(self) -> None:
-        """Reads everything that was asked for; a second time for what fp32 may not have held."""
-        self.clipping.settle(lambda place: self.indices[place] in self._zeros)
+    def settle(self, *, again: bool = True) -> None:
+        """Reads everything that was asked for; a second time, unless told not to, for what fp32 may not have held."""
+        self.clipping.settle(lambda place: self.indices[place] in self._zeros, again=again)
         self.by_gradient = self.clipping.by_gradient
 
     @property
@@ -203,6 +204,13 @@ class Observation:
             return
         self._moved = self.reader.ask(self._before.moved(self._held))
         self._before = Samples(())
+
+    def release(self) -> None:
+        """After the step: lets go of the gradients, of which nothing but numbers is wanted any more."""
+        self.gradients = []
+        self.clipping.release()
+        for one in self.passes:
+            one.gradients = []
 
     def layers(self, table: Table, clip_factor: float = 1.0) -> Layers:
         """The layers' records, made from numbers alone when somebody looks: a record must not keep tensors alive.
@@ -280,7 +288,8 @@ class Observation:
 
     def _weight_gradients(self) -> Gradients:
         norms, nonfinite = self.clipping.euclidean
-        sizes, count, scale = self._roster.sizes, len(self.gradients), self.clipping.scale
+        sizes, scale = self._roster.sizes, self.clipping.scale
+        count = len(sizes)
         kept = array("d", norms)
         if self._recording is None:
             return Gradients(sizes, kept, nonfinite if any(nonfinite) else ())

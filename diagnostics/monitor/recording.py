@@ -12,6 +12,7 @@ from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor.assembly import Around, Gradients, profiled
 from diagnostics.statistics import magnitudes
 from diagnostics.statistics.dead import DeadUnits, unit_sizes
+from diagnostics.statistics.reading import Reader
 from diagnostics.statistics.stacks import Stacks
 
 
@@ -32,7 +33,7 @@ class Recording:
 
     def __init__(
         self,
-        reader: statistics.Reader,
+        reader: Reader,
         passes: Sequence[BackwardPass],
         names: Sequence[str],
         gradients: Stacks,

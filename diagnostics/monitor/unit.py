@@ -44,7 +44,7 @@ class Unit:
         self.passes: list[BackwardPass] = []
         self._given: list[Tensor] = []
         self._unique: list[Tensor] = []
-        self._clipped = 0
+        self._clipped = self._counted = 0
         self._norms = NormWindow(NORM_WINDOW)
 
     def parameters(self) -> list[Tensor]:
@@ -74,16 +74,22 @@ class Unit:
                 found.update({id(one): (called, f"{prefix}{place}") for one in group["params"]})
         return [Member(name(one), *found[id(one)]) for one in parameters]
 
-    def count(self, total_norm: float, *, clipped: bool) -> tuple[float, tuple[float, ...]]:
-        """Counts a step; returns the share of the steps so far that were clipped, and the quantiles of their norm."""
+    def begin(self) -> int:
+        """Counts a step; returns its number."""
         self.step += 1
+        return self.step - 1
+
+    def count(self, total_norm: float, *, clipped: bool) -> tuple[float, tuple[float, ...]]:
+        """Counts what a step did; returns the share of clipped ones so far, and the quantiles of their norm."""
+        self._counted += 1
         self._clipped += clipped
         self._norms.add(total_norm)
         quantiles = tuple(self._norms.quantile(q) for q in NORM_QUANTILES) if len(self._norms) else ()
-        return self._clipped / self.step, quantiles
+        return self._clipped / self._counted, quantiles
 
     def skip(self, passes: Sequence[BackwardPass], loss_scale: float) -> StepRecord:
         """Counts a step of which only the GradScaler knew, and what is known of it: its gradients are gone."""
+        step = self.begin()
         fraction, quantiles = self.count(math.nan, clipped=False)
         limit = self.clipping.limit(math.nan)
         clip = ClipRecord(
@@ -100,7 +106,7 @@ class Unit:
         )
         rates = tuple(rate for rate in self.learning_rates() if isinstance(rate, float))
         return StepRecord(
-            step=self.step - 1,
+            step=step,
             clip=clip,
             optimizer=self.name,
             lr=rates,
@@ -116,7 +122,8 @@ class Unit:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where another one was."""
-        self.step, self._clipped = int(state["step"]), int(state["clipped"])
+        self.step = self._counted = int(state["step"])
+        self._clipped = int(state["clipped"])
         self._norms.load_state_dict(state)
         self.clipping.load_state_dict(state["clipping"])
 

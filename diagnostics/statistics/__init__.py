@@ -264,62 +264,8 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     if len({(tensor.device, tensor.dtype, tensor.dim()) for tensor in full}) == 1 and full[0].dim() <= 1:
         alike: Tensor = (torch.cat if full[0].dim() else torch.stack)(full)
         return alike.to(device, dtype)  # one conversion for all
-    return torch.cat([tensor.to(device, dtype).reshape(-1) for tensor in full])
-
-
-class Reading:
-    """Numbers on their way from the device.
-
-    Looking at ``values`` brings them, and all others that the Reader was asked for, unless they have come already.
-    """
-
-    def __init__(self, reader: Reader, numel: int) -> None:
-        self._reader = reader
-        self._values: list[float] | None = None
-        self.numel = numel
-
-    @property
-    def values(self) -> list[float]:
-        """The numbers, flat."""
-        if self._values is None:
-            self._reader.read()
-        assert self._values is not None
-        return self._values
-
-    def bring(self, values: list[float]) -> None:
-        """The numbers have come."""
-        self._values = values
-
-
-class Reader:
-    """Collects small tensors and brings all of them to the host by one copy: the only place where the host waits.
-
-    Example:
-        >>> reader = Reader()
-        >>> first, second = reader.ask(torch.ones(2)), reader.ask(torch.tensor(3))
-        >>> second.values, first.values, reader.copies
-        ([3.0], [1.0, 1.0], 1)
-    """
-
-    def __init__(self) -> None:
-        self.copies = 0
-        self._asked: list[tuple[Tensor, Reading]] = []
-
-    def ask(self, tensor: Tensor) -> Reading:
-        """Takes a tensor whose values are wanted."""
-        reading = Reading(self, tensor.numel())
-        self._asked.append((tensor, reading))
-        return reading
-
-    def read(self) -> None:
-        """Brings everything that was asked for."""
-        asked, self._asked = self._asked, []
-        values = pack([tensor for tensor, _ in asked]).tolist()
-        self.copies += 1
-        place = 0
-        for _, reading in asked:
-            reading.bring(values[place : place + reading.numel])
-            place += reading.numel
+    # What comes from the host need not be waited for; the device is the host only where all tensors are there.
+    return torch.cat([tensor.to(device, dtype, non_blocking=True).reshape(-1) for tensor in full])
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:

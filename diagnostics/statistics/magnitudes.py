@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.statistics import HALF, dense, detached, largest, pack, parameter_norms, sample, stride
-from diagnostics.statistics.stacks import STACKED, Stacks
+from diagnostics.statistics.stacks import STACKED, Stacks, from_host
 
 FRACTION_SAMPLE = 1024
 FP16_TINY = torch.finfo(torch.float16).tiny
@@ -97,7 +97,7 @@ def profiles(parts: Sequence[Parts | Tensor]) -> Tensor:
     if not apart:
         return found
     places = sorted(range(len(parts)), key=lambda place: not isinstance(parts[place], Tensor))
-    order = torch.tensor(places, device=found.device).argsort()
+    order = from_host(torch.tensor(places).argsort(), found.device)
     return torch.cat([found, _profiles_apart(apart).to(found.device)], 1).index_select(1, order)
 
 
@@ -218,7 +218,7 @@ def _fractions_apart(gradients: Sequence[Tensor]) -> Tensor:
         shares = shares_by_part(marks, [samples[place].numel() for place in places])
         if len(groups) == 1 and len(places) == len(samples):
             return shares.double() if device.type != "mps" else shares
-        found = found.to(device).index_copy(1, torch.tensor(places, device=device), shares.double())
+        found = found.to(device).index_copy(1, from_host(torch.tensor(places), device), shares.double())
     return found
 
 
@@ -237,6 +237,6 @@ def shares_by_part(marks: Tensor, sizes: Sequence[int]) -> Tensor:
         tensor([[0.5000, 1.0000]])
     """
     lengths = torch.tensor(sizes)
-    ends = torch.cumsum(lengths, 0).to(marks.device)
+    ends = from_host(torch.cumsum(lengths, 0), marks.device)
     sums = torch.cumsum(marks, 1, dtype=torch.float32)[:, ends - 1]
-    return torch.diff(sums, dim=1, prepend=sums.new_zeros(len(sums), 1)) / lengths.to(marks.device)
+    return torch.diff(sums, dim=1, prepend=sums.new_zeros(len(sums), 1)) / from_host(lengths, marks.device)

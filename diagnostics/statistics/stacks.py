@@ -132,7 +132,17 @@ class Stacks:
         """What was found about each stack, and about the rest behind them, as one tensor in order."""
         order = self._stacked[3]
         together = torch.cat([*found], dim) if len(found) > 1 else found[0]
-        return together if order is None else together.index_select(dim, order.to(together.device))
+        return together if order is None else together.index_select(dim, from_host(order, together.device))
+
+
+def from_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, which need not be waited for as it would be without ``non_blocking``.
+
+    Example:
+        >>> from_host(torch.ones(1), torch.device("cpu"))
+        tensor([1.])
+    """
+    return tensor.to(device, non_blocking=True)
 
 
 def _order(places: Sequence[int]) -> Tensor | None:
