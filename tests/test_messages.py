@@ -310,16 +310,16 @@ CASES: dict[str, Case] = {
         lambda: monitor(asynchronous=True, nonfinite="raise"),
         ValueError,
         (
-            "nonfinite must not be 'raise' with asynchronous=True, which learns of a step when it is over; got 'raise': "
-            "use skip or step."
+            "nonfinite must not be 'raise' with asynchronous=True, which learns of a step when it is over; got "
+            "'raise': use skip or step."
         ),
     ),
     "asynchronous, clip": (
         lambda: monitor(asynchronous=True, clip=ClipByValue(1.0)),
         ValueError,
         (
-            "clip must be a ClipByNorm or None with asynchronous=True, which knows a threshold before the norm; got a rule "
-            "of the kind 'value'."
+            "clip must be a ClipByNorm or None with asynchronous=True, which knows a threshold before the norm; got a "
+            "rule of the kind 'value'."
         ),
     ),
     "asynchronous, skip": (
@@ -339,8 +339,8 @@ CASES: dict[str, Case] = {
         lambda: monitor(asynchronous=True, nonfinite="step").clip_grad_norm_(weight(), 1.0),
         RuntimeError,
         (
-            "clip_grad_norm_ needs a Monitor that waits for the norm; got one with asynchronous=True: use clip_and_step, "
-            "or torch's own function."
+            "clip_grad_norm_ needs a Monitor that waits for the norm; got one with asynchronous=True: use "
+            "clip_and_step, or torch's own function."
         ),
     ),
     "nonfinite": (
