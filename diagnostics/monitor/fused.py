@@ -41,15 +41,23 @@ def to_divide_by(observation: Observation, optimizers: Iterable[torch.optim.Opti
 
     Their kernels step wrongly, silently, where a gradient does not lie in memory as its parameter does.
     """
-    pairs = zip(observation.parameters, observation.gradients, strict=True)
-    alike = all(map(is_fused, optimizers)) and all(lies_alike(*pair) for pair in pairs)
-    factor = observation.clipping.leave_to_optimizer() if alike else None
+    able = all(map(is_fused, optimizers)) and lie_alike(observation.parameters, observation.gradients)
+    factor = observation.clipping.leave_to_optimizer() if able else None
     return None if factor is None else 1 / factor
 
 
-def lies_alike(parameter: Tensor, gradient: Tensor) -> bool:
-    """Whether both lie in memory in the same order."""
-    return not gradient.is_sparse and parameter.stride() == gradient.stride()
+def lie_alike(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    """Whether gradients lie in memory in the order in which their parameters do.
+
+    Example:
+        >>> lie_alike([torch.zeros(2, 2)], [torch.zeros(2, 2).T])
+        False
+    """
+    if any(gradient.is_sparse for gradient in gradients):
+        return False
+    if all(map(Tensor.is_contiguous, (*parameters, *gradients))):  # takes a fifth of the time
+        return True
+    return all(one.stride() == other.stride() for one, other in zip(parameters, gradients, strict=True))
 
 
 @contextmanager
@@ -61,20 +69,12 @@ def handed(optimizer: torch.optim.Optimizer, divisor: Tensor | None, overflow: T
         divisor: 0-dim, or None for 1.
         overflow: 0-dim, 1.0 or 0.0; None for 0.
     """
-    if divisor is None and overflow is None:
-        yield
-        return
-    given = divisor if divisor is not None else overflow
-    assert given is not None
-    values: Sequence[tuple[str, Tensor]] = (
-        ("grad_scale", torch.ones_like(given) if divisor is None else divisor.float()),
-        ("found_inf", torch.zeros_like(given) if overflow is None else overflow),
-    )
     holder: Any = optimizer
-    for name, value in values:
-        setattr(holder, name, value.float())
+    given = {"grad_scale": divisor, "found_inf": overflow}
+    values = {name: value.float() for name, value in given.items() if value is not None}
+    vars(holder).update(values)
     try:
         yield
     finally:
-        for name, _ in values:
+        for name in values:
             delattr(holder, name)
