@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from diagnostics import diagnosis, meanfield, statistics
+from diagnostics import diagnosis, meanfield
 from diagnostics.diagnosis import State
 from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.hooks import Watcher
@@ -39,6 +39,7 @@ from diagnostics.records import (
     Verdict,
 )
 from diagnostics.sinks.console import console_width, depth_table, diagnosis_lines, paragraph
+from diagnostics.statistics.reading import Reader
 
 _UNITS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weights have one row per unit."""
@@ -220,7 +221,7 @@ def _describe(
             "loss must depend on a trainable parameter of the model; got one that reaches none: call the model that "
             "preflight was given."
         )
-    reader = statistics.Reader()
+    reader = Reader()
     number = reader.ask(loss)
     observation = Observation(catalogue, reader, _Whole(catalogue.tensors()), passes, recorded=True)
     table = catalogue.layers(watcher)
@@ -230,7 +231,7 @@ def _describe(
     layers = observation.layers(table)
     record = StepRecord(
         step=0,
-        clip=replace(clipping, shares=observation.shares(table, clipping.shares)),
+        clip=replace(clipping, shares=observation.shares(table)),
         loss=number.values[0],
         layers=layers,
         fit=diagnosis.fit_depth(layers),
@@ -246,9 +247,7 @@ def _describe(
     )
 
 
-def _chi(
-    stack: Stack | None, fit: DepthFit | None, reader: statistics.Reader
-) -> tuple[float | None, str | None, float | None]:
+def _chi(stack: Stack | None, fit: DepthFit | None, reader: Reader) -> tuple[float | None, str | None, float | None]:
     """χ₁, where it comes from, and how many layers it lets train: by theory where that holds, else as measured."""
     chi = None if stack is None else stack.chi(reader.ask(stack.variances()).values)
     if chi is not None:

@@ -242,6 +242,8 @@ class WatchingConfig:
     layers: str | None = None
     nonfinite: NonFinite = MISSING
     on_violation: Reaction = MISSING
+    asynchronous: bool = MISSING
+    fold: bool = MISSING
     thresholds: ThresholdsConfig = field(default_factory=ThresholdsConfig)
 
 

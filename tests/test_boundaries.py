@@ -260,7 +260,7 @@ def examples(name: str, value: object) -> int:
 def test_the_host_waits_in_one_place_of_the_step() -> None:
     of_the_step = [module for module in SOURCES if module.split(".")[0] in STEP_PATH]
     found = [(module, call.rsplit(".", maxsplit=1)[-1]) for module in of_the_step for call in waits(SOURCES[module])]
-    assert found == [("statistics", "tolist")]
+    assert found == [("statistics.reading", "synchronize"), ("statistics.reading", "tolist")]
 
 
 @pytest.mark.parametrize("bad", ["norm.item()", "torch.stack(norms).tolist()", "x.grad.cpu().numpy()", "f(x).item()"])

@@ -34,6 +34,7 @@ from diagnostics.records import DiagnosticsWarning
 
 PACKAGE = Path(__file__).parent.parent / "diagnostics"
 PINNED_MODULES = (
+    "monitor/asynchronous",
     "monitor/options",
     "clipping/__init__",
     "clipping/rules",
@@ -300,6 +301,48 @@ CASES: dict[str, Case] = {
         "accumulate must be a number of backward passes, at least 1; got 1.5.",
     ),
     "every": (lambda: monitor(every=-1), ValueError, "every must be 0 (never) or a number of steps; got -1."),
+    "asynchronous": (
+        lambda: monitor(asynchronous="yes"),
+        ValueError,
+        "asynchronous must be True or False; got 'yes'.",
+    ),
+    "asynchronous, raise": (
+        lambda: monitor(asynchronous=True, nonfinite="raise"),
+        ValueError,
+        (
+            "nonfinite must not be 'raise' with asynchronous=True, which learns of a step when it is over; got "
+            "'raise': use skip or step."
+        ),
+    ),
+    "asynchronous, clip": (
+        lambda: monitor(asynchronous=True, clip=ClipByValue(1.0)),
+        ValueError,
+        (
+            "clip must be a ClipByNorm or None with asynchronous=True, which knows a threshold before the norm; got a "
+            "rule of the kind 'value'."
+        ),
+    ),
+    "asynchronous, skip": (
+        lambda: monitor(asynchronous=True),
+        ValueError,
+        (
+            "nonfinite='skip' needs fused optimizers with asynchronous=True (AdamW(fused=True); SGD without momentum), "
+            "which can be told on the device; got another: use nonfinite='step'."
+        ),
+    ),
+    "asynchronous, closure": (
+        lambda: monitor(asynchronous=True, nonfinite="step").clip_and_step(closure=lambda: None),
+        ValueError,
+        "closure must be None with asynchronous=True, which does not wait for it; got a closure.",
+    ),
+    "asynchronous, clip_grad_norm_": (
+        lambda: monitor(asynchronous=True, nonfinite="step").clip_grad_norm_(weight(), 1.0),
+        RuntimeError,
+        (
+            "clip_grad_norm_ needs a Monitor that waits for the norm; got one with asynchronous=True: use "
+            "clip_and_step, or torch's own function."
+        ),
+    ),
     "nonfinite": (
         lambda: monitor(nonfinite="ignore"),
         ValueError,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from diagnostics.statistics import (
     UPDATE_SAMPLE,
-    Reader,
     exact_norms,
     gradients_of,
     pack,
@@ -27,6 +26,7 @@ from diagnostics.statistics import (
     trusted,
 )
 from diagnostics.statistics.magnitudes import FRACTION_SAMPLE, Profile, profiles, take_apart
+from diagnostics.statistics.reading import Reader
 
 PROPERTY = settings(deadline=None, max_examples=100)
 NORM_TYPES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, math.inf)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from diagnostics.clipping.rules import ClipByNorm, ClipByQuantile, ClipByValue, 
 from diagnostics.clipping.state import ClipState, Member
 from diagnostics.clipping.writing import Clipping
 from diagnostics.records import ClipRecord, NonFiniteGradientError
+from diagnostics.statistics.reading import Reader
 
 __all__ = [
     "ClipByGroup",
@@ -67,11 +69,11 @@ def clip_gradients(parameters: Tensor | Iterable[Any], rule: ClipRule | ClipStat
     members: list[Member] = []
     if isinstance(state, GroupState):
         members, parameters = _grouped(parameters, state.by)
-    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], state, statistics.Reader(), members=members)
+    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], state, Reader(), members=members)
     clipping.settle()
     record = clipping.clip()
     clipping.enter(record.total_norm)
-    return record
+    return replace(record, shares=clipping.shares)
 
 
 def clip_grad_norm_(
@@ -119,7 +121,7 @@ def clip_grad_norm_(
     """
     del foreach
     rule = rule_of(max_norm, norm_type)
-    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], rule.start(), statistics.Reader())
+    clipping = Clipping(statistics.gradients_of(tensors_of(parameters))[1], rule.start(), Reader())
     clipping.settle()
     if error_if_nonfinite and not math.isfinite(clipping.total):
         raise NonFiniteGradientError(
@@ -144,9 +146,9 @@ def tensors_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     if not isinstance(parameters, Iterable):
         raise TypeError(f"parameters must be tensors; got {type(parameters).__name__}: pass model.parameters().")
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"parameters must be tensors; got {type(tensor).__name__}: pass model.parameters().")
+    for kind in set(map(type, tensors)):
+        if not issubclass(kind, Tensor):
+            raise TypeError(f"parameters must be tensors; got {kind.__name__}: pass model.parameters().")
     if not tensors and isinstance(parameters, Iterator):
         raise ValueError(
             f"parameters must yield tensors; got a {type(parameters).__name__} with nothing left in it: "

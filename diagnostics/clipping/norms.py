@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics import statistics
+from diagnostics.statistics.stacks import Stacks
 
 EPSILON = 1e-6
 SMALL = 4096
@@ -50,7 +51,7 @@ class NormReading:
     """Norms on the device, until the one copy to the host brings their values.
 
     Args:
-        gradients: What to measure.
+        stacks: What to measure.
         norm_type: The p of the norm.
         max_norm: What to clip by, if that is known before the norm is.
         clip_value: Ask also which gradients have an element whose magnitude is above this.
@@ -58,16 +59,18 @@ class NormReading:
 
     def __init__(
         self,
-        gradients: Sequence[Tensor],
+        stacks: Stacks,
         norm_type: float = 2.0,
         *,
         max_norm: float | None = None,
         clip_value: float | None = None,
     ) -> None:
-        self.gradients = gradients
+        self.stacks = stacks
+        self.gradients = gradients = stacks.tensors
+        self._count = len(gradients)
         self.norm_type = norm_type
         self.max_norm = max_norm
-        self._norms = statistics.parameter_norms(gradients, norm_type)
+        self._norms = statistics.stacked_norms(stacks, norm_type)
         self._beyond = None if clip_value is None else beyond(gradients, clip_value)
         self.total = statistics.total_norm(self._norms, norm_type)
         self.coefficient = None if max_norm is None else max_norm / (self.total + EPSILON)
@@ -89,11 +92,11 @@ class NormReading:
             values: What :meth:`tensor` was read as.
             zero: Judge every gradient on its own, and believe a norm of 0 where this says so.
         """
-        norms = self._split(values)[0]
-        if not statistics.trusted(values[0], self.norm_type):
+        norms, total = self._split(values)[0], values[0]
+        if not statistics.trusted(total, self.norm_type):
             found = list(range(len(norms)))
-        elif zero is None:
-            return []
+        elif zero is None or statistics.trusted(min(norms, default=total), self.norm_type):
+            return []  # none is larger than the total
         else:
             found = [place for place, norm in enumerate(norms) if not statistics.trusted(norm, self.norm_type)]
         return found if zero is None else [place for place in found if norms[place] != 0 or not zero(place)]
@@ -111,6 +114,10 @@ class NormReading:
         """What has to be read of gradients that fp32 may not have held."""
         return statistics.exact_norms([self.gradients[index] for index in suspects], self.norm_type)
 
+    def release(self) -> None:
+        """Lets go of the gradients; what is still to come are numbers."""
+        self.stacks, self.gradients = Stacks(()), ()
+
     def norms(
         self, values: Sequence[float], suspects: Sequence[int] = (), rescued: Sequence[float] = ()
     ) -> GradientNorms:
@@ -123,6 +130,8 @@ class NormReading:
         """
         measured, flags = self._split(values)
         parameters, nonfinite = list(measured), [0] * len(measured)
+        if not (suspects or math.isfinite(values[0])):  # nobody could look closer: one element at least
+            nonfinite = [int(not math.isfinite(norm)) for norm in parameters]
         for place, index in enumerate(suspects):
             parameters[index] = rescued[place]
             nonfinite[index] = int(rescued[len(suspects) + place])
@@ -135,7 +144,7 @@ class NormReading:
     def _split(self, values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
         """The norms of the gradients, and the flags."""
         head = 1 if self.max_norm is None else 2
-        return values[head : head + len(self.gradients)], values[head + len(self.gradients) :]
+        return values[head : head + self._count], values[head + self._count :]
 
 
 @torch.no_grad()
@@ -190,7 +199,9 @@ def shares(norms: Sequence[float], total: float, norm_type: float) -> tuple[floa
     if math.isinf(norm_type):
         ties = sum(norm == total for norm in norms) or 1
         return tuple(float(norm == total) / ties for norm in norms)
-    return tuple((norm / total) ** norm_type for norm in norms)
+    if norm_type == 2:
+        return tuple([(norm / total) * (norm / total) for norm in norms])
+    return tuple([(norm / total) ** norm_type for norm in norms])
 
 
 def p_norm(norms: Sequence[float], norm_type: float) -> float:

@@ -19,6 +19,8 @@ from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.norms import GradientNorms, NormReading, p_norm, real_values, shares
 from diagnostics.clipping.state import ClipState, Member
 from diagnostics.records import ClipRecord
+from diagnostics.statistics.reading import Reader
+from diagnostics.statistics.stacks import Layout, Stacks
 
 
 class _Part(NamedTuple):
@@ -40,31 +42,35 @@ class Clipping:
         members: Where each gradient's parameter belongs; needed by rules that clip by group.
         euclidean: Measure 2-norms too where the rule looks at others.
         scale: An AMP loss scale that the gradients are still multiplied by; their norms are divided by it.
+        layout: Which of the gradients are measured together, where that is known already.
     """
 
     def __init__(
         self,
         gradients: Sequence[Tensor],
         state: ClipState,
-        reader: statistics.Reader,
+        reader: Reader,
         *,
         members: Sequence[Member] = (),
         euclidean: bool = False,
         scale: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.state = state
         self._count = len(gradients)
         self._reader = reader
         groups = state.split(members) if isinstance(state, GroupState) else [("", state, range(self._count))]
-        self.parts = [_part(name, at_work, places, gradients) for name, at_work, places in groups]
+        self.stacks = Stacks(gradients, layout)
+        self.parts = [_part(name, at_work, places, self.stacks) for name, at_work, places in groups]
         wanted = euclidean or isinstance(state, GroupState)
         self._euclidean = [
-            NormReading(part.reading.gradients) if wanted and part.reading.norm_type != 2 else part.reading
+            NormReading(part.reading.stacks) if wanted and part.reading.norm_type != 2 else part.reading
             for part in self.parts
         ]
         self._readings = {reading: reader.ask(reading.tensor()) for reading in self._every()}
         self._scale = None if scale is None else reader.ask(scale)
         self._norms: dict[NormReading, GradientNorms] = {}
+        self._done = False  # whether the gradients are clipped already, or will be by the optimizer
 
     @property
     def scale(self) -> float:
@@ -100,23 +106,71 @@ class Clipping:
             return self.norms[0].total
         return p_norm(self._sizes(), self.state.norm_type)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each gradient's part of ``total ** p``."""
+        return shares(self._sizes(), self.total, self.state.norm_type)
+
     def tensor(self) -> Tensor:
         """The norm as torch returns it."""
         return self.parts[0].reading.total_of(self.norms[0])
 
-    def settle(self, zero: Callable[[int], bool] | None = None) -> None:
+    @torch.no_grad()
+    def clip_unread(self, *, write: bool = True) -> tuple[Tensor | None, Tensor]:
+        """Clips by a norm that only the device knows yet: multiplies by the coefficient, or by 1.
+
+        Args:
+            write: False leaves it to the optimizer to divide.
+
+        Returns:
+            What gradients are multiplied by, None if by nothing; and 1.0 where the norm is not finite, else 0.0. Both
+            0-dim and not read. For a rule that clips all gradients by one norm that it knows beforehand.
+        """
+        (part,) = self.parts
+        reading, self._done = part.reading, True
+        finite = torch.isfinite(reading.total)
+        if reading.coefficient is None:
+            return None, (~finite).float()
+        factor = torch.where(finite, reading.coefficient.clamp(max=1.0), 1.0)
+        if write:
+            _multiply(reading.gradients, factor)
+        return factor, (~finite).float()
+
+    def leave_to_optimizer(self) -> Tensor | None:
+        """What a fused optimizer is to multiply the gradients by; None where that is not for it to do."""
+        if len(self.parts) != 1 or not self.total < math.inf:
+            return None
+        (part,), (norms,) = self.parts, self.norms
+        limit = part.state.limit(norms.total)
+        if limit is None or norms.exact or part.state.clip_value is not None:
+            return None
+        coefficient = limit.max_norm / norms.total if norms.coefficient is None and norms.total else norms.coefficient
+        if coefficient is None or coefficient >= 1:
+            return None
+        self._done = True
+        known = part.reading.coefficient
+        return torch.tensor(coefficient, device=part.reading.total.device) if known is None else known
+
+    def release(self) -> None:
+        """Lets go of the gradients; what is still to come are numbers."""
+        self.stacks = Stacks(())
+        for reading in self._every():
+            reading.release()
+
+    def settle(self, zero: Callable[[int], bool] | None = None, *, again: bool = True) -> None:
         """Reads the norms; a second time and in float64 where fp32 may not have held them.
 
         Args:
             zero: Look at each gradient's norm as well, and believe one of 0 where this says so.
+            again: False reads once: a norm that fp32 has not held stays not finite, or zero.
         """
         suspects: dict[NormReading, list[int]] = {}
         for reading, places in self._every().items():
             known = None if zero is None else lambda place, places=places: zero(places[place])
-            suspects[reading] = reading.suspects(self._readings[reading].values, known)
-        again = {one: self._reader.ask(one.exact(found)) for one, found in suspects.items() if found}
+            suspects[reading] = reading.suspects(self._readings[reading].values, known) if again else []
+        closer = {one: self._reader.ask(one.exact(found)) for one, found in suspects.items() if found}
         for reading, found in suspects.items():
-            rescued = again[reading].values if found else ()
+            rescued = closer[reading].values if found else ()
             norms = reading.norms(self._readings[reading].values, found, rescued)
             self._norms[reading] = norms.divided(self.scale, reading.max_norm) if self._scale is not None else norms
 
@@ -127,7 +181,7 @@ class Clipping:
             write: False only says what the rule thinks of gradients that somebody else is responsible for.
 
         Returns:
-            What was seen and done; shares are by gradient.
+            What was seen and done, without shares: they take as long as all the rest, and not everybody asks.
         """
         records = [self._clip(part, norms, write=write) for part, norms in zip(self.parts, self.norms, strict=True)]
         if not isinstance(self.state, GroupState):
@@ -141,7 +195,6 @@ class Clipping:
             clip_coef=after / total if total else 1.0,
             applied=any(record.applied for record in records),
             total_norm_after=after,
-            shares=shares(self._sizes(), total, self.state.norm_type),
             parts=tuple(records),
         )
 
@@ -192,7 +245,7 @@ class Clipping:
             applied=False,
             total_norm_after=total,
             threshold=state.clip_value if limit is None else limit.threshold,
-            shares=shares(norms.parameters, total, state.norm_type),
+            shares=shares(norms.parameters, total, state.norm_type) if isinstance(self.state, GroupState) else (),
             group=part.name,
         )
         write &= math.isfinite(total)
@@ -205,7 +258,8 @@ class Clipping:
             coefficient = limit.max_norm / total if total else math.inf
         if not write or coefficient >= 1:
             return replace(record, clip_coef=coefficient)
-        _scale(part.reading, norms, coefficient)
+        if not self._done:
+            _scale(part.reading, norms, coefficient)
         return replace(record, clip_coef=coefficient, applied=True, total_norm_after=total * coefficient)
 
     def _by_value(
@@ -225,8 +279,8 @@ class Clipping:
         return replace(record, clip_coef=total / record.total_norm, applied=True, total_norm_after=total)
 
 
-def _part(name: str, state: ClipState, places: Sequence[int], gradients: Sequence[Tensor]) -> _Part:
-    own = [gradients[place] for place in places]
+def _part(name: str, state: ClipState, places: Sequence[int], every: Stacks) -> _Part:
+    own = every if len(places) == len(every.tensors) else Stacks([every.tensors[place] for place in places])
     reading = NormReading(own, state.norm_type, max_norm=state.max_norm, clip_value=state.clip_value)
     return _Part(name, state, places, reading)
 
@@ -239,12 +293,16 @@ def _scale(reading: NormReading, norms: GradientNorms, coefficient: float) -> No
             values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001 -- the only writable view
             values.copy_(values.to(statistics.wide(values.dtype)).mul_(coefficient))
         return
+    _multiply(gradients, coefficient if reading.coefficient is None else reading.coefficient)
+
+
+def _multiply(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
-        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+        if gradient.numel():
+            groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, _), members in groups.items():
-        factor = coefficient if reading.coefficient is None else reading.coefficient.to(device)
-        torch._foreach_mul_(members, factor)
+        torch._foreach_mul_(members, factor.to(device) if isinstance(factor, Tensor) else factor)
 
 
 @torch.no_grad()

@@ -224,7 +224,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _differentiable(value: Any) -> list[Tensor]:
-    return [one for one in tensors_in(value) if one.requires_grad and not isinstance(one, nn.Parameter)]
+    tensors = (value,) if type(value) is Tensor else tensors_in(value)
+    return [one for one in tensors if one.requires_grad and not (one.is_leaf and isinstance(one, nn.Parameter))]
 
 
 def _node(tensor: Tensor) -> Node:

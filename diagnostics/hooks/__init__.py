@@ -30,10 +30,10 @@ from diagnostics import statistics
 from diagnostics.depth import Owner
 from diagnostics.depth.forward import Forward, Point, Role
 from diagnostics.hooks.callback import Hook as _Hook
+from diagnostics.hooks.callback import adding, has_closure, takes_hooks
 from diagnostics.hooks.callback import graph_task as _graph_task
-from diagnostics.hooks.callback import has_closure, takes_hooks
 from diagnostics.hooks.graph import Leaves
-from diagnostics.hooks.marks import Marks, State, is_other, state
+from diagnostics.hooks.marks import Marks, Spent, is_other, state
 from diagnostics.hooks.passes import BackwardPass, measured
 
 _NO_BACKWARD = -1
@@ -49,7 +49,6 @@ class Watcher:
         outputs: Whether output gradients will be wanted at all; without them no forward hook is registered.
 
     Attributes:
-        recording: Whether output gradients are taken in the forward passes to come.
         timeline: What happened since the last step in its order: backward passes, and whatever the Monitor adds.
         forward: What the forward passes have shown.
         overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
@@ -65,7 +64,7 @@ class Watcher:
         *,
         outputs: bool = True,
     ) -> None:
-        self.recording = outputs
+        self._recording = outputs
         self.listening = True
         self.timeline: list[Any] = []
         self.forward = Forward(owners, len(models))
@@ -75,14 +74,16 @@ class Watcher:
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
-        self._spent: dict[int, State] = {}
-        self._emptied: dict[int, State] = {}  # those of them that a pass found without a gradient
+        self._spent = Spent()
+        self._emptied = Spent()  # those of them that a pass found without a gradient
+        self._added: list[int] = []  # what the running pass has added to, in order
+        self._on_layers: dict[int, RemovableHandle] = {}
+        self._eager: set[int] = set()  # layers whose hook has run, so that no compiled graph needs it
         self._unspent: set[int] = set()
         self._frozen: list[int] = []
         self._marks = Marks(self._gradient)
         self._models = [weakref.ref(model) for model in models.values()]
         self._sentinels: set[int] = set()
-        self._first: int | None = None
         self._running: list[int] = []
         self._current = BackwardPass()
         self._on_leaves: list[RemovableHandle] = []
@@ -103,8 +104,9 @@ class Watcher:
         for index in frozen:
             parameter = self._parameters[index]()
             if parameter is not None and not is_lazy(parameter) and parameter.requires_grad and parameter.is_leaf:
-                after = _Hook(self, self._after_accumulation, index)
-                handle = parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
+                begins = _Hook(self, self._pass_begins, index)
+                hook = adding(index, self._added, self._running, begins)
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
             elif parameter is not None:
                 self._frozen.append(index)
@@ -139,32 +141,30 @@ class Watcher:
         self._handles.append(optimizer.register_step_pre_hook(begins))
         self._handles.append(optimizer.register_step_post_hook(ends))
 
-    def spend(self, indices: Sequence[int]) -> None:
+    def spend(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Notes that a step has spent the gradients of these parameters, as they are now."""
-        for index in indices:
-            self._unspent.discard(index)
-            self._marks.forget(index)
-            if (gradient := self._gradient(index)) is not None:
-                self._spent[index] = state(gradient)
+        self._unspent.difference_update(indices)
+        self._marks.forget(indices)
+        self._spent.add(indices, [parameter.grad for parameter in parameters])
 
     def drain(self) -> list[Any]:
         """The timeline since the last call; the next step begins a new one."""
         if _graph_task() == _NO_BACKWARD:
             self._settle()
             self._let_go_of_leaves()
-        elif self._current.accumulated:  # a step inside the backward pass spends what the pass has made so far
+        elif self._take_added():  # a step inside the backward pass spends what the pass has made so far
             self.timeline.append(self._current)
-            self._unspent |= self._current.accumulated
             self._current = BackwardPass(continued=True, training=self._current.training)
         self.forward.settle()
         self.timeline += self.overdue()
         timeline, self.timeline = self.timeline, []
         return timeline
 
-    def rewritten(self, index: int) -> bool:
-        """Whether a gradient that a step has spent was replaced or written to since."""
-        spent, gradient = self._spent.get(index), self._gradient(index)
-        return spent is not None and gradient is not None and is_other(gradient, spent)
+    def rewritten(self, indices: Iterable[int]) -> frozenset[int]:
+        """Those whose gradient, which a step has spent, was replaced or written to since."""
+        spent = self._spent.states() if self._spent else {}
+        known = ((index, self._gradient(index), spent[index]) for index in indices if index in spent)
+        return frozenset(index for index, gradient, was in known if gradient is not None and is_other(gradient, was))
 
     def replaced(self) -> frozenset[int]:
         """Parameters whose ``.grad`` is another tensor than the newest pass left: of the two at its ends."""
@@ -173,15 +173,17 @@ class Watcher:
     @contextmanager
     def writing(self, indices: Iterable[int]) -> Iterator[None]:
         """What is written to gradients inside the block is ours: what a step has spent stays spent."""
-        known = [index for index in indices if index in self._spent and not self.rewritten(index)]
+        spent = self._spent.states()
+        held = [index for index in indices if index in spent]
+        known = set(held) - self.rewritten(held)
         yield
-        self._spent.update(
-            {index: state(gradient) for index in known if (gradient := self._gradient(index)) is not None}
-        )
+        spent.update({index: state(gradient) for index in known if (gradient := self._gradient(index)) is not None})
 
     def cleared(self) -> frozenset[int]:
         """Parameters to which a pass has added what no step has spent, and whose ``.grad`` is None by now."""
-        return frozenset(index for index in self._unspent if self._gradient(index) is None)
+        unspent = tuple(self._unspent)
+        pairs = zip(unspent, self._gradients(unspent), strict=True)
+        return frozenset(index for index, gradient in pairs if gradient is None)
 
     def failed(self, error: Exception) -> None:
         """Switches all hooks off; the first reason is kept."""
@@ -192,9 +194,11 @@ class Watcher:
         """Takes every hook away."""
         self.listening = False
         self._let_go_of_leaves()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._on_layers.values()):
             handle.remove()
         self._handles.clear()
+        self._on_layers.clear()
+        self._eager.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -215,10 +219,35 @@ class Watcher:
         for index, owner in enumerate(self._owners):
             module = owner.module()
             if module is not None and takes_hooks(module):
-                after = _Hook(self, self._after_call, index)
-                self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+                self._watch_layer(index, module)
         for root, model in roots:
             self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
+
+    def _watch_layer(self, index: int, module: nn.Module) -> None:
+        after = _Hook(self, self._after_call, index)
+        self._on_layers[index] = module.register_forward_hook(after, with_kwargs=True)
+
+    @property
+    def recording(self) -> bool:
+        """Whether output gradients are taken in the forward passes to come.
+
+        A module with a hook takes a slower way through torch, so between recorded steps layers have none; except those
+        whose hook has never run, since they may be inside a compiled graph that was traced with it, and whole models.
+        """
+        return self._recording
+
+    @recording.setter
+    def recording(self, wanted: bool) -> None:
+        if wanted == self._recording or not self._on_layers:
+            self._recording = wanted
+            return
+        self._recording = wanted
+        for index in self._eager:
+            module = self._owners[index].module()
+            if wanted and module is not None:
+                self._watch_layer(index, module)
+            elif not wanted:
+                self._on_layers[index].remove()
 
     def _root_begins(self, root: int, _module: nn.Module, *arguments: Any) -> None:
         self.leaves[root].begins(arguments)
@@ -229,6 +258,8 @@ class Watcher:
     def _after_call(self, index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.recording:
             return
+        if index not in self._eager and self._owners[index].path:  # a whole model's hook has to stay before _root_ends
+            self._eager.add(index)
         task = _graph_task()
         if task == _NO_BACKWARD:
             self._settle()
@@ -273,15 +304,22 @@ class Watcher:
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
         self._enter(_graph_task())
 
-    def _after_accumulation(self, index: int, _parameter: Tensor) -> None:
-        task = _graph_task()
-        if task not in self._running:
-            self._spent.pop(index, None)  # nothing told of the pass in time: what was left in here is not known
-        current = self._enter(task)
-        if not current.accumulated and index not in self._sentinels:
-            self._first = index
-        current.accumulated.add(index)
-        current.ends = (*current.ends[:1], index)
+    def _pass_begins(self, index: int, _parameter: Tensor) -> None:
+        """A pass has added to its first parameter without having told of itself before."""
+        self._spent.states().pop(index, None)  # so that what was left in here is not known
+        self._enter(_graph_task())
+        self._added.append(index)
+
+    def _take_added(self) -> bool:
+        """What the running pass has added to so far; whether there is any."""
+        added, current = self._added, self._current
+        if not added:
+            return False
+        current.accumulated = set(added)
+        current.ends = (added[0], added[-1]) if len(added) > 1 else (added[0],)
+        added.clear()
+        self._unspent |= current.accumulated
+        return True
 
     def _post_sentinel(self) -> None:
         """Has the parameter that a pass reached first tell of the next one before it accumulates.
@@ -289,9 +327,9 @@ class Watcher:
         Passes begin at the same few parameters, so a hook on each of those is enough, where one on every parameter
         would double what watching costs.
         """
-        index, self._first = self._first, None
-        parameter = None if index is None else self._parameters[index]()
-        if index is not None and parameter is not None:
+        index = self._current.ends[0]
+        parameter = self._parameters[index]()
+        if index not in self._sentinels and parameter is not None:
             self._sentinels.add(index)
             before = _Hook(self, self._before_accumulation, index)
             self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
@@ -320,15 +358,14 @@ class Watcher:
             self._finish_pass()
 
     def _finish_pass(self) -> None:
-        if self._current.accumulated:  # autograd.grad accumulates into nobody, and its output gradients do not count
+        if self._take_added():  # autograd.grad accumulates into nobody, and its output gradients do not count
             self._current.after = self._marks.note(self._current.ends)
             self.timeline.append(self._current)
-            self._unspent |= self._current.accumulated
             self._post_sentinel()
         else:
             self._unspent |= self._current.cleared  # for the next pass to tell of
-            self._spent |= self._emptied
-        self._emptied = {}
+            self._spent.take(self._emptied)
+        self._emptied = Spent()
         self._current = BackwardPass()
         self.forward.separate()
 
@@ -339,22 +376,21 @@ class Watcher:
         self._unspent -= cleared
         before, touched = self._marks.check()
         found = BackwardPass(cleared=cleared, before=before, touched=touched, training=self._training())
-        held: dict[int, Tensor] = {}
-        for index in list(self._spent):
-            gradient = self._gradient(index)
-            if gradient is None:
-                self._emptied[index] = self._spent.pop(index)
-            else:
-                held[index] = gradient
+        held, self._emptied = self._spent.held(self._gradients)
         if not held:
             return found
         found.held = tuple(held)
         found.leftover = statistics.parameter_norms([*held.values()], 1.0)
-        found.replaced = frozenset(index for index, gradient in held.items() if self._spent[index][0]() is not gradient)
+        spent = self._spent.states()
+        found.replaced = frozenset(index for index, gradient in held.items() if spent[index][0]() is not gradient)
         return found
 
     def _training(self) -> bool:
         return any(model is not None and model.training for model in (one() for one in self._models))
+
+    def _gradients(self, indices: Sequence[int]) -> list[Tensor | None]:
+        known = self._parameters
+        return [None if (parameter := known[index]()) is None else parameter.grad for index in indices]
 
     def _gradient(self, index: int) -> Tensor | None:
         parameter = self._parameters[index]()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Listener(Protocol):
@@ -45,6 +45,25 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return (Hook, ())
+
+
+def adding(index: int, added: list[int], running: Sequence[int], begins: Hook) -> Callable[[Tensor], None]:
+    """A hook that notes a parameter's index. It runs for each of them in every pass, so it does nothing else.
+
+    Args:
+        index: The parameter's.
+        added: Where it is noted.
+        running: The passes that are known to run; empty if this is the first that is heard of one.
+        begins: Is called instead then.
+    """
+
+    def hook(parameter: Tensor) -> None:
+        if running:
+            added.append(index)
+        else:
+            begins(parameter)
+
+    return hook
 
 
 def graph_task() -> int:

@@ -7,9 +7,11 @@ optimizer, so it is enough to look at the two that a backward pass begins and en
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TypeAlias
 
 import torch
@@ -64,13 +66,64 @@ class Marks:
         present = self._present(index for index in self._newest if index in self._seen)
         return frozenset(index for index, tensor in present if tensor is not self._seen[index][0]())
 
-    def forget(self, index: int) -> None:
-        """A step has spent this gradient."""
-        self._seen.pop(index, None)
+    def forget(self, indices: Iterable[int]) -> None:
+        """A step has spent these gradients."""
+        for index in self._seen.keys() & indices:
+            del self._seen[index]
 
     def _present(self, indices: Iterable[int]) -> list[tuple[int, Tensor]]:
         found = [(index, self._gradient(index)) for index in indices]
         return [(index, tensor) for index, tensor in found if tensor is not None and not tensor.is_sparse]
+
+
+class Spent:
+    """Gradients that steps have spent, as they were then.
+
+    Those of the newest step stay in lists. The next pass finds most of them cleared, and then that is all that there is
+    to know; only otherwise each gets a state of its own.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[int, State] = {}
+        self._newest: tuple[Sequence[int], list[weakref.ref[Tensor]], list[int]] | None = None
+
+    def __bool__(self) -> bool:
+        return self._newest is not None or bool(self._states)
+
+    def add(self, indices: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+        """A step has spent these."""
+        self.states()
+        if any(map(operator.is_, gradients, repeat(None))):
+            pairs = zip(indices, gradients, strict=True)
+            self._states.update({index: state(gradient) for index, gradient in pairs if gradient is not None})
+            return
+        present: Sequence[Tensor] = gradients  # type: ignore[assignment] # none is None
+        self._newest = indices, list(map(weakref.ref, present)), list(map(_get_version, present))
+
+    def states(self) -> dict[int, State]:
+        """What is known by index, to look up and to change."""
+        if self._newest is not None:
+            (indices, tensors, versions), self._newest = self._newest, None
+            self._states.update(zip(indices, zip(tensors, versions, strict=True), strict=True))
+        return self._states
+
+    def held(self, gradients: Callable[[Sequence[int]], list[Tensor | None]]) -> tuple[dict[int, Tensor], Spent]:
+        """Those that are still in ``.grad``, or others in their place; the rest is taken out and returned."""
+        out, held = Spent(), {}
+        newest = self._newest
+        if newest is not None and not any(map(operator.is_not, gradients(newest[0]), repeat(None))):
+            out._newest, self._newest = newest, None
+        states = self.states()
+        for index, tensor in zip(tuple(states), gradients(tuple(states)), strict=True):
+            if tensor is None:
+                out._states[index] = states.pop(index)
+            else:
+                held[index] = tensor
+        return held, out
+
+    def take(self, other: Spent) -> None:
+        """Takes back what was taken out."""
+        self.states().update(other.states())
 
 
 def state(tensor: Tensor) -> State:
@@ -83,8 +136,12 @@ def is_other(tensor: Tensor, seen: State) -> bool:
     return tensor is not seen[0]() or _version(tensor) != seen[1]
 
 
+_get_version = operator.attrgetter("_version")
+"""Documented under "in-place correctness checks"; there is no public name."""
+
+
 def _version(tensor: Tensor) -> int:
-    return int(tensor._version)  # noqa: SLF001 -- documented under "in-place correctness checks"; no public name
+    return int(_get_version(tensor))
 
 
 def _look(present: Sequence[tuple[int, Tensor]]) -> Look:

@@ -20,15 +20,15 @@ class MeasuredGradient:
     Attributes:
         roles: What it is to which layers.
         numel: Number of elements.
-        norm: Euclidean norm.
-        parts: Everything else; None where no layer made the tensor.
+        parts: What there is to know of it; None where no layer made the tensor.
+        norm: Euclidean norm where that is so.
         share: For a fused recurrent layer the share of its results, one per example and step, that have a gradient.
     """
 
     roles: Sequence[Role]
     numel: int
-    norm: Tensor
-    parts: magnitudes.Parts | None = None
+    parts: magnitudes.Parts | Tensor | None = None
+    norm: Tensor | None = None
     share: Tensor | None = None
 
 
@@ -69,6 +69,6 @@ def measured(roles: Sequence[Role], fused: bool, gradient: Tensor) -> MeasuredGr
     """What is kept of a gradient that arrives at a tensor between layers."""
     numel = gradient.numel()
     if not any(role.kind == OUTPUT for role in roles):
-        return MeasuredGradient(roles, numel, magnitudes.safe_norm(gradient))
-    parts = magnitudes.take_apart(gradient)
-    return MeasuredGradient(roles, numel, parts.norm, parts, dead.row_share(gradient) if fused else None)
+        return MeasuredGradient(roles, numel, norm=magnitudes.safe_norm(gradient))
+    share = dead.row_share(gradient) if fused else None
+    return MeasuredGradient(roles, numel, magnitudes.take_apart(gradient), share=share)

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diagnostics import diagnosis, statistics
+from diagnostics import statistics
 from diagnostics.clipping import rule_of, tensors_of
 from diagnostics.clipping.writing import Clipping
 from diagnostics.contract import Contract
 from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.distributed import find_group, speaks
 from diagnostics.hooks import Watcher
-from diagnostics.hooks.passes import BackwardPass
-from diagnostics.monitor import amp
+from diagnostics.monitor import amp, fused
+from diagnostics.monitor.asynchronous import Asynchronous, refuse_what_waits
 from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.facts import Facts
-from diagnostics.monitor.guarding import Guarded
-from diagnostics.monitor.ledger import Ledger, ending, is_alarm
-from diagnostics.monitor.observation import Observation, Seen, as_spent, see
+from diagnostics.monitor.ledger import Ledger, ending
+from diagnostics.monitor.observation import Seen, as_spent, see
 from diagnostics.monitor.options import Clip, Options, models_of, one_number, optimizers_of
 from diagnostics.monitor.replicas import Replicas
 from diagnostics.monitor.resuming import Resumable
-from diagnostics.monitor.schedule import LostStep, Schedule, Units
+from diagnostics.monitor.schedule import Schedule, Units
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, NonFiniteGradientError, RunInfo, StepRecord
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
+from diagnostics.statistics.reading import Reader
 
 
-class Monitor(Guarded, Resumable):
+class Monitor(Asynchronous, Resumable):
     """Watches a training loop: gradients by depth, clipping, the loop's own rules.
 
     Args:
@@ -62,6 +62,12 @@ class Monitor(Guarded, Resumable):
         process_group: Whose ranks hold replicas that should be equal, which recorded steps compare: None finds it (and
             every rank needs a Monitor), False never communicates. What would raise on one rank then raises on all of
             them, at the next recorded step.
+        asynchronous: Whether never to wait for the device. The coefficient stays there, all gradients are multiplied
+            by it (by 1 where nothing is to be clipped), and numbers are read a step later. Clips by
+            :class:`ClipByNorm` or not at all, raises nothing, and ``nonfinite="skip"`` needs fused optimizers. A norm
+            that fp32 cannot hold counts as not finite, and of gradients that are not finite no elements are counted.
+        fold: Whether a fused optimizer multiplies the gradients by the clip coefficient as it reads them, which spares
+            a pass over all of them. The result may differ from torch's in the last bit.
 
     Raises:
         ValueError: If an option has a value that it cannot have.
@@ -96,19 +102,27 @@ class Monitor(Guarded, Resumable):
         thresholds: Thresholds | None = None,
         run: RunInfo | None = None,
         process_group: Any = None,
+        asynchronous: bool = False,
+        fold: bool = False,
     ) -> None:
         policies = (nonfinite, on_violation, on_diagnosis)
-        self._options = Options(clip, accumulate, *policies, every, layers, scaler, thresholds, run, process_group)
+        self._options = Options(
+            clip, accumulate, *policies, every, layers, scaler, thresholds, run, process_group, asynchronous, fold
+        )
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         models, stepping = models_of(model), optimizers_of(optimizers)
         fanout = Fanout(sinks if sinks != "auto" or speaks() else [])
         self._catalogue = Catalogue(models, layers)
         self._units = Units(stepping, self._catalogue, clip)
+        if asynchronous:
+            refuse_what_waits(self._options, self._units)
         self._catalogue.adopt(self._units.together.parameters())
-        self._reader = statistics.Reader()
+        self._reader = Reader()
         self._schedule = Schedule(every)
         self._own_clip: ClipRecord | None = None
         self._own_step: Seen | None = None
+        self._fold: Tensor | None = None
+        self._pending = deque()
         self._zeros: AbstractSet[int] = frozenset()
         self._ledger = Ledger(
             run or RunInfo(name=type(next(iter(models.values()))).__name__),
@@ -151,18 +165,22 @@ class Monitor(Guarded, Resumable):
             metrics: Further numbers for the record, likewise.
 
         Returns:
-            The record of the step.
+            The record of the step. With ``asynchronous=True`` the newest that is finished, which is an earlier step's;
+            None as long as there is none.
 
         Raises:
             NonFiniteGradientError: If gradients are not finite and ``nonfinite="raise"``; no weight has changed.
             ContractError: If a rule of the loop is broken and ``on_violation="raise"``; the step has been taken.
             DiagnosisError: If a diagnosis was confirmed and ``on_diagnosis="raise"``; the step has been taken.
             RuntimeError: If the Monitor is closed.
+            ValueError: If a closure is given where none can be: with a GradScaler, or ``asynchronous=True``.
         """
         self._refuse_if_closed("clip_and_step")
         unit = self._units.of(optimizer)
         given = {"loss": loss, **{f"metrics[{name!r}]": value for name, value in (metrics or {}).items()}}
         numbers = [self._reader.ask(one_number(name, value)) for name, value in given.items()]
+        if self._options.asynchronous:
+            return self._step_without_waiting(unit, closure, numbers, list(metrics or ()), update=optimizer is None)
         if closure is None:
             if self._scaler is not None:
                 amp.unscale(self._scaler, unit.optimizers)
@@ -185,6 +203,8 @@ class Monitor(Guarded, Resumable):
 
     def _measure_and_clip(self, unit: Unit, *, recorded: bool | None = None) -> Seen:
         observation = self._observe(unit, recorded=recorded)
+        if self._options.fold and self._scaler is None and recorded is None:
+            self._fold = fused.to_divide_by(observation, unit.optimizers)
         return Seen(observation, observation.clipping.clip())
 
     def _step(self, unit: Unit, seen: Seen) -> bool:
@@ -192,12 +212,8 @@ class Monitor(Guarded, Resumable):
         finite = math.isfinite(seen.clip.total_norm)
         if not finite and (self._scaler is not None or self._options.nonfinite != "step"):
             return True
-        with self._stepping():
-            for optimizer in unit.optimizers:
-                if self._scaler is None:
-                    optimizer.step()
-                else:
-                    self._scaler.step(optimizer)
+        divisor, self._fold = self._fold, None
+        self._step_all(unit, divisor)
         return False
 
     def _step_with_closure(self, unit: Unit, closure: Callable[[], Any]) -> Seen:
@@ -234,10 +250,15 @@ class Monitor(Guarded, Resumable):
             The total norm before clipping, 0-dim, as :func:`diagnostics.clip_grad_norm_` returns it.
         """
         self._refuse_if_closed("clip_grad_norm_")
+        if self._options.asynchronous:
+            raise RuntimeError(
+                "clip_grad_norm_ needs a Monitor that waits for the norm; got one with asynchronous=True: use "
+                "clip_and_step, or torch's own function."
+            )
         given = tensors_of(parameters)
         owners, gradients = statistics.gradients_of(given)
         self._watcher.adopt(self._catalogue.adopt(owners))
-        clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), statistics.Reader())
+        clipping = Clipping(gradients, rule_of(max_norm, norm_type).start(), Reader())
         clipping.settle()
         with self._watcher.writing(map(self._catalogue.index, owners)):
             self._own_clip = clipping.clip()
@@ -249,13 +270,20 @@ class Monitor(Guarded, Resumable):
             self._scaler_watch.stepped(optimizer)
         if not (self._inside or self._closed or closure):  # a closure makes its gradients inside the step
             with self._harmless():
-                self._own_step = self._see_own_step(self._units.of(optimizer))
+                unit = self._units.of(optimizer)
+                if self._options.asynchronous:
+                    self._begin_without_waiting(unit)
+                else:
+                    self._own_step = self._see_own_step(unit)
 
     def _own_step_ends(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
         if self._inside or self._closed:
             return
         with self._harmless():
             unit = self._units.of(optimizer)
+            if self._options.asynchronous:
+                self._end_without_waiting(unit)
+                return
             seen, self._own_step = self._own_step, None
             if seen is None and closure:
                 seen = self._see_own_step(unit, late=True)
@@ -267,85 +295,6 @@ class Monitor(Guarded, Resumable):
         observation = self._observe(unit)
         own, self._own_clip = self._own_clip, None
         return see(observation, own, late=late)
-
-    # what a step is made of
-
-    def _observe(self, unit: Unit, *, recorded: bool | None = None) -> Observation:
-        """Asks for everything that the step needs, reads it by one copy, and notes what went before."""
-        events = self._watcher.drain()
-        self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
-        passes = [event for event in events if isinstance(event, BackwardPass)]
-        facts = self._facts.ask(events)
-        lost = self._ask_lost(events)
-        if passes and events[-1] is passes[-1]:
-            self._own_clip = None  # more came in after it, so it does not tell what the step spends
-        observation = Observation(
-            self._catalogue,
-            self._reader,
-            unit,
-            self._units.take(unit),
-            recorded=self._watcher.recording if recorded is None else recorded,
-            loss_scale=None if self._scaler is None else amp.loss_scale(self._scaler),
-            zeros=self._zeros,
-        )
-        self._replicas.ask(observation, unit.step, self._units.all.index(unit))
-        observation.settle()
-        self._replicas.settle(observation, unit.step)
-        self._zeros = observation.zeros
-        for fact in facts():
-            self._ledger.note(fact)
-        self._enter_lost(lost)
-        return observation
-
-    def _ask_lost(self, events: Sequence[Any]) -> list[tuple[LostStep, statistics.Reading]]:
-        return [(one, self._reader.ask(one.scale)) for one in self._units.collect(events)]
-
-    def _enter_lost(self, lost: Sequence[tuple[LostStep, statistics.Reading]]) -> None:
-        for one, scale in lost:
-            self._say(self._ledger.enter(one.unit.skip(one.passes, scale.values[0]), None))
-
-    def _conclude(
-        self,
-        unit: Unit,
-        seen: Seen,
-        *,
-        skipped: bool,
-        closure: bool = False,
-        numbers: Sequence[statistics.Reading] = (),
-        metrics: Sequence[str] = (),
-    ) -> StepRecord:
-        """After the step: asks what it did to the weights, makes the record, and sees to the next step."""
-        observation = seen.observation
-        if not seen.late:
-            observation.moved()
-        table = self._catalogue.layers(self._watcher, unit.home)
-        layers = observation.layers(table, seen.clip_factor)
-        clipped, quantiles = unit.count(seen.clip.total_norm, clipped=seen.clip.applied)
-        shares = observation.shares(table, seen.clip.shares)
-        record = StepRecord(
-            step=unit.step - 1,
-            clip=replace(seen.clip, shares=shares, clip_fraction=clipped, norm_quantiles=quantiles),
-            optimizer=unit.name,
-            loss=numbers[0].values[0] if numbers and numbers[0].values else None,
-            lr=observation.learning_rates,
-            backward_passes=len(observation.passes),
-            loss_scale=observation.loss_scale,
-            layers=layers,
-            skipped=skipped,
-            metrics={name: reading.values[0] for name, reading in zip(metrics, numbers[1:], strict=True)},
-            fit=diagnosis.fit_depth(layers) if observation.recorded else None,
-            recorded=observation.recorded,
-        )
-        record = self._ledger.enter(record, self._facts.step(observation, record, unit, closure=closure))
-        if not skipped:
-            observation.clipping.enter(seen.clip.total_norm)
-            self._watcher.spend(observation.indices)
-        if record.recorded and not (skipped or closure):
-            self._facts.moved(observation, record)
-        if any(violation.count == 1 for violation in record.violations) or any(map(is_alarm, record.diagnoses)):
-            self._replicas.alarm(record.step)
-        self._watcher.recording = self._due()
-        return record
 
     # what is known
 
@@ -376,9 +325,10 @@ class Monitor(Guarded, Resumable):
         """
         if self._closed:
             return
+        self._finish_pending(wait=status in ("finished", "stopped"))
         self._closed = True
         events = self._watcher.drain()
-        lost = self._ask_lost(events) if status == "finished" else []
+        lost = self._collect_lost(events) if status == "finished" else []
         facts, last = self._facts.closing(events, status)
         for fact in facts:
             self._ledger.note(fact)

@@ -10,7 +10,7 @@ import operator
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from diagnostics.records import Column, Layer
 
@@ -39,14 +39,22 @@ class Groups:
         filled = [(row, places) for row, places in enumerate(members) if places]
         self.rows = tuple(row for row, _ in filled)
         self.first = [places[0] for _, places in filled]
-        self.more = [(at, place) for at, (_, places) in enumerate(filled) for place in places[1:]]
+        self.more: list[tuple[list[int], list[int]]] = []  # the second of each row that has two, the third, and so on
+        for turn in range(1, max((len(places) for _, places in filled), default=0)):
+            others = [(at, places[turn]) for at, (_, places) in enumerate(filled) if len(places) > turn]
+            self.more.append(([at for at, _ in others], [place for _, place in others]))
         self._sizes: tuple[Sequence[int], Column] | None = None
 
     def fold(self, values: Sequence[float], combine: Callable[[float, float], float]) -> list[float]:
         """One number for each row that has any."""
-        found = [values[place] for place in self.first]
-        for at, place in self.more:
-            found[at] = combine(found[at], values[place])
+        at_place = values.__getitem__
+        found = list(map(at_place, self.first))
+        for rows, places in self.more:
+            if len(rows) == len(found):
+                found = list(map(combine, found, map(at_place, places)))
+                continue
+            for row, place in zip(rows, places, strict=True):
+                found[row] = combine(found[row], values[place])
         return found
 
     def sizes(self, numel: Sequence[int]) -> Column:
@@ -65,7 +73,7 @@ class Groups:
             return self.column(self.fold(values, operator.add))
         totals = self.fold(weights, operator.add)
         parts = self.fold([value * weight for value, weight in zip(values, weights, strict=True)], operator.add)
-        single = set(range(len(self.first))).difference(at for at, _ in self.more)
+        single = set(range(len(self.first))).difference(self.more[0][0])
         means = [part / total if total else None for part, total in zip(parts, totals, strict=True)]
         for at in single:
             means[at] = values[self.first[at]]
@@ -73,26 +81,6 @@ class Groups:
         for row, mean in zip(self.rows, means, strict=True):
             dense[row] = mean
         return Column.of(dense)
-
-
-class Roster(NamedTuple):
-    """Some parameters in order.
-
-    Attributes:
-        indices: Theirs.
-        names: Theirs.
-        sizes: Their numbers of elements.
-        factors: From the norm of each one's sample to the norm of the whole.
-    """
-
-    indices: tuple[int, ...]
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    factors: tuple[float, ...]
-
-    def estimated(self, norms: Numbers) -> array[float]:
-        """The norm of each parameter from that of its sample."""
-        return array("d", map(operator.mul, norms, self.factors))
 
 
 class Table:

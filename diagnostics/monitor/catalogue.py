@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,11 +16,36 @@ from diagnostics.contract.acts import NOBODY
 from diagnostics.depth import Call, find_owners, layer_table, unit_weights
 from diagnostics.depth.forward import Forward
 from diagnostics.hooks import Watcher
-from diagnostics.monitor.assembly import OUTSIDE, Roster, Table
+from diagnostics.monitor.assembly import OUTSIDE, Table
 from diagnostics.records import Layer
 from diagnostics.statistics.dead import DeadUnits
+from diagnostics.statistics.stacks import Layout
 
 _SEVERAL = 8
+
+
+class Roster(NamedTuple):
+    """Some parameters in order.
+
+    Attributes:
+        indices: Theirs.
+        names: Theirs.
+        sizes: Their numbers of elements.
+        factors: From the norm of each one's sample to the norm of the whole.
+        layout: Which of their gradients are measured together.
+        resolutions: Relative distance of neighbouring numbers in their dtypes.
+    """
+
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    factors: tuple[float, ...]
+    layout: Layout
+    resolutions: tuple[float, ...]
+
+    def estimated(self, norms: Sequence[float]) -> array[float]:
+        """The norm of each parameter from that of its sample."""
+        return array("d", map(operator.mul, norms, self.factors))
 
 
 class Catalogue:
@@ -44,6 +72,8 @@ class Catalogue:
         self._tables: dict[int | None, Table] = {}
         self._version = (-1, -1)
         self._rosters: dict[tuple[int, ...], Roster] = {}
+        self._newest: tuple[Sequence[Tensor], Roster | None] = ((), None)
+        self._adopted: Sequence[Tensor] = ()
 
     def tensors(self) -> list[Tensor]:
         """The parameters by index."""
@@ -51,6 +81,9 @@ class Catalogue:
 
     def adopt(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Takes in tensors that are not known yet, as parameters that no model has; returns those."""
+        if tensors is self._adopted:
+            return []
+        self._adopted = tensors
         known, index = self._tensors, self._index  # which every step asks, so without a call of _knows for each
         new = [one for one in tensors if (place := index.get(id(one))) is None or known[place]() is not one]
         for tensor in new:
@@ -86,13 +119,19 @@ class Catalogue:
 
     def roster(self, tensors: Sequence[Tensor]) -> Roster:
         """Some known parameters in order; the same object for the same ones."""
+        newest, roster = self._newest
+        if tensors is newest and roster is not None:  # lists that are handed about are not changed
+            return roster
         key = tuple(map(self._index.__getitem__, map(id, tensors)))
         if key not in self._rosters:
             if len(self._rosters) == _SEVERAL:
                 self._rosters.clear()
-            sizes = tuple(tensor.numel() for tensor in tensors)
+            names, sizes = tuple(self.names[index] for index in key), tuple(tensor.numel() for tensor in tensors)
             factors = tuple(statistics.sample_factor(size, statistics.UPDATE_SAMPLE) for size in sizes)
-            self._rosters[key] = Roster(key, tuple(self.names[index] for index in key), sizes, factors)
+            layout = Layout(sizes, [tensor.shape for tensor in tensors])
+            resolutions = tuple(statistics.resolution(tensor.dtype) for tensor in tensors)
+            self._rosters[key] = Roster(key, names, sizes, factors, layout, resolutions)
+        self._newest = tensors, self._rosters[key]
         return self._rosters[key]
 
     def name(self, tensor: Tensor) -> str:

@@ -24,6 +24,7 @@ from diagnostics.monitor.observation import Observation
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, StepRecord
 from diagnostics.statistics import magnitudes
+from diagnostics.statistics.reading import Reader, Reading
 
 Fact: TypeAlias = Backward | Clip | Moved
 
@@ -44,7 +45,7 @@ class Facts:
         models: Mapping[str, nn.Module],
         catalogue: Catalogue,
         watcher: Watcher,
-        reader: statistics.Reader,
+        reader: Reader,
         units: Sequence[Unit],
     ) -> None:
         self._catalogue = catalogue
@@ -54,7 +55,7 @@ class Facts:
         self._peaks: dict[int, float] = {}
         self._owned: set[int] = set()
         self._stranded: dict[int, Tensor] = {}  # a sample of each value as it was first seen
-        self._changes: dict[int, statistics.Reading] = {}
+        self._changes: dict[int, Reading] = {}
         self._ran: dict[str, set[int]] = {unit.name: set() for unit in units}
         self._unregistered: tuple[str, ...] | None = None
         self._models = {name: weakref.ref(model) for name, model in models.items()}
@@ -104,9 +105,7 @@ class Facts:
             coefficient,
         )
 
-    def _backward(
-        self, one: BackwardPass, leftover: statistics.Reading, before: statistics.Reading, after: statistics.Reading
-    ) -> Backward:
+    def _backward(self, one: BackwardPass, leftover: Reading, before: Reading, after: Reading) -> Backward:
         found = _by_index(one.before, before)
         zeroed = frozenset(index for index, peak in found.items() if peak == 0 != self._peaks.get(index, 0.0))
         peaks = _by_index(one.after, after)
@@ -125,45 +124,49 @@ class Facts:
 
     # the step
 
-    def step(self, observation: Observation, record: StepRecord, unit: Unit, *, closure: bool = False) -> Step:
-        """The step as the contract sees it."""
-        norms = dict(zip(observation.indices, observation.by_gradient, strict=True))
-        held = unit.parameters() if len(norms) < len(observation.held) else ()
+    def step(self, observation: Observation, unit: Unit, *, closure: bool = False) -> Callable[[StepRecord], Step]:
+        """Gathers what the contract is told of a step; returns what tells it, once the numbers have come."""
+        held = unit.parameters() if len(observation.indices) < len(observation.held) else ()
         empty = frozenset(
             self._catalogue.index(tensor) for tensor in held if tensor.requires_grad and tensor.grad is None
         )
-        ran = self._ran[unit.name]
-        self._ran[unit.name] = set()
-        stranded = self._read_stranded()
-        foreign = self._catalogue.foreign(observation.held)
-        idle, before = empty & foreign, self._idle.get(unit.name, NOBODY)
-        if observation.recorded:
-            idle = empty | {index for index, norm in norms.items() if norm == 0}
-            self._look_for_moved_by_hand(empty, observation)
-        if not idle <= before:
-            stranded |= self._look_for_replaced()
-        self._idle[unit.name] = idle | before  # each is looked for once: it is a walk through the models
-        return Step(
-            optimizer=record.optimizer,
-            step=record.step,
-            norms=norms,
-            rewritten=frozenset(index for index in norms if self._watcher.rewritten(index)),
-            replaced=self._watcher.replaced(),
-            total_norm=record.clip.total_norm_after,
-            max_norm=observation.clipping.state.max_norm,
-            norm_type=record.clip.norm_type,
-            resolution=max(map(statistics.resolution, {one.dtype for one in observation.gradients}), default=0.0),
-            skipped=record.skipped,
-            closure=closure,
-            loss_scale=record.loss_scale,
-            empty=empty,
-            by_hand=empty & (self._exchanged | self._by_hand),
-            ran=self._catalogue.parameters_of(ran) if empty else frozenset(),
-            foreign=foreign,
-            stranded=stranded,
-            unregistered=self._look_for_unregistered(),
-            compared=observation.compared,
-        )
+        ran, self._ran[unit.name] = self._ran[unit.name], set()
+        changes, foreign = self._changes, self._catalogue.foreign(observation.held)
+        rewritten, replaced = self._watcher.rewritten(observation.indices), self._watcher.replaced()
+
+        def told(record: StepRecord) -> Step:
+            norms = dict(zip(observation.indices, observation.by_gradient, strict=True))
+            stranded = _read(changes)
+            idle, before = empty & foreign, self._idle.get(unit.name, NOBODY)
+            if observation.recorded:
+                idle = empty | {index for index, norm in norms.items() if norm == 0}
+                self._look_for_moved_by_hand(empty, observation)
+            if not idle <= before:
+                stranded |= self._look_for_replaced()
+            self._idle[unit.name] = idle | before  # each is looked for once: it is a walk through the models
+            return Step(
+                optimizer=record.optimizer,
+                step=record.step,
+                norms=norms,
+                rewritten=rewritten,
+                replaced=replaced,
+                total_norm=record.clip.total_norm_after,
+                max_norm=observation.clipping.state.max_norm,
+                norm_type=record.clip.norm_type,
+                resolution=observation.resolution,
+                skipped=record.skipped,
+                closure=closure,
+                loss_scale=record.loss_scale,
+                empty=empty,
+                by_hand=empty & (self._exchanged | self._by_hand),
+                ran=self._catalogue.parameters_of(ran) if empty else frozenset(),
+                foreign=foreign,
+                stranded=stranded,
+                unregistered=self._look_for_unregistered(),
+                compared=observation.compared,
+            )
+
+        return told
 
     def moved(self, observation: Observation, record: StepRecord) -> None:
         """Remembers to tell what a recorded step did to the weights, when that is known."""
@@ -175,11 +178,11 @@ class Facts:
         if status != "finished":
             return [event for event in events if isinstance(event, Clip)], Closing(finished=False)
         told = self.ask(events)()
-        return told, Closing(finished=True, cleared=self._watcher.cleared(), stranded=self._read_stranded())
+        return told, Closing(finished=True, cleared=self._watcher.cleared(), stranded=_read(self._changes))
 
     # parameters that no optimizer has
 
-    def _ask_stranded(self, passes: Sequence[BackwardPass]) -> dict[int, statistics.Reading]:
+    def _ask_stranded(self, passes: Sequence[BackwardPass]) -> dict[int, Reading]:
         fresh = set().union(*(one.accumulated for one in passes)) - self._owned - self._stranded.keys()
         if fresh or self._stranded:
             owned = self._catalogue.known(tensor for unit in self._units for tensor in unit.parameters())
@@ -191,7 +194,7 @@ class Facts:
         return self._ask_changes()
 
     @torch.no_grad()
-    def _ask_changes(self) -> dict[int, statistics.Reading]:
+    def _ask_changes(self) -> dict[int, Reading]:
         asked = {}
         for index, first in list(self._stranded.items()):
             tensor = self._catalogue.tensor(index)
@@ -201,9 +204,6 @@ class Facts:
                 now = statistics.sample(tensor, magnitudes.FRACTION_SAMPLE)
                 asked[index] = self._reader.ask((now != first.to(now.device)).any())
         return asked
-
-    def _read_stranded(self) -> dict[int, bool]:
-        return {index: reading.values[0] != 0 for index, reading in self._changes.items()}
 
     def _look_for_replaced(self) -> dict[int, bool]:
         """Where parameters begin to have no gradient: whether their model has others in their place by now."""
@@ -239,5 +239,9 @@ class Facts:
         return {name: model for name, reference in self._models.items() if (model := reference()) is not None}
 
 
-def _by_index(look: Look, reading: statistics.Reading) -> dict[int, float]:
+def _read(changes: Mapping[int, Reading]) -> dict[int, bool]:
+    return {index: reading.values[0] != 0 for index, reading in changes.items()}
+
+
+def _by_index(look: Look, reading: Reading) -> dict[int, float]:
     return dict(zip(look.indices, reading.values, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from diagnostics import statistics
 from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.writing import Clipping
-from diagnostics.contract.acts import Compared
+from diagnostics.contract.acts import NOBODY, Compared
 from diagnostics.contract.rules.clips import EXCESS
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp
@@ -33,6 +33,8 @@ from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.recording import Recording
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, Column, Layers
+from diagnostics.statistics.reading import Reader, Reading
+from diagnostics.statistics.samples import Samples
 
 NEGLIGIBLE = 1e-4
 """A gradient so much smaller than the optimizer's largest is not expected to move its parameter."""
@@ -60,7 +62,7 @@ def see(observation: Observation, own: ClipRecord | None, *, late: bool = False)
     found = observation.clipping.clip(write=False)
     if own is None or not own.applied:
         return Seen(observation, found, late=late)
-    merged = replace(own, total_norm_after=found.total_norm, shares=found.shares)
+    merged = replace(own, total_norm_after=found.total_norm)
     return Seen(observation, merged, own.total_norm_after / own.total_norm, late)
 
 
@@ -99,7 +101,7 @@ class Observation:
     def __init__(
         self,
         catalogue: Catalogue,
-        reader: statistics.Reader,
+        reader: Reader,
         unit: Unit,
         passes: Sequence[BackwardPass],
         *,
@@ -114,25 +116,32 @@ class Observation:
         self.passes = list(passes)
         self.held = held = unit.parameters()
         self._rates = [reader.ask(lr) if isinstance(lr, Tensor) else float(lr) for lr in unit.learning_rates()]
-        parameters, self.gradients = statistics.gradients_of(held)
-        self._roster = catalogue.roster(parameters)
+        self.parameters, self.gradients = statistics.gradients_of(held)
+        self._roster = catalogue.roster(self.parameters)
         self.indices = self._roster.indices
         still_scaled, overflow = amp.inside_step(unit.optimizers)
         self._overflow = None if overflow is None else reader.ask(overflow)
-        members = unit.members(parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
+        members = unit.members(self.parameters, catalogue.name) if isinstance(unit.clipping, GroupState) else ()
         self.clipping = Clipping(
-            self.gradients, unit.clipping, reader, members=members, euclidean=True, scale=still_scaled
+            self.gradients,
+            unit.clipping,
+            reader,
+            members=members,
+            euclidean=True,
+            scale=still_scaled,
+            layout=self._roster.layout,
         )
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
-        names = self._roster.names
-        self._recording = Recording(reader, self.passes, names, self.gradients, catalogue.dead) if recorded else None
+        names, stacks = self._roster.names, self.clipping.stacks
+        self._recording = Recording(reader, self.passes, names, stacks, catalogue.dead) if recorded else None
         self._held = [tensor for tensor in held if tensor.requires_grad] if recorded else []
-        self._before = [statistics.sample(tensor, statistics.UPDATE_SAMPLE).clone() for tensor in self._held]
-        self._weight_norms = statistics.parameter_norms(self._before)
+        self._held_roster = catalogue.roster(self._held)
+        self._before = Samples(self._held, self._held_roster.layout)
+        self._weight_norms = self._before.norms()
         self._weights = reader.ask(self._weight_norms)
-        self._sampled_peaks = reader.ask(statistics.sampled_peaks(self._held)) if recorded else None
-        self._places = unit.rate_places(self._held)
-        self._moved: statistics.Reading | None = None
+        self._sampled_peaks = reader.ask(statistics.sampled_peaks(stacks)) if recorded else None
+        self._places = unit.rate_places(self._held) if recorded else []
+        self._moved: Reading | None = None
         self.compared: Compared | None = None
 
     @property
@@ -150,14 +159,21 @@ class Observation:
         """One per parameter group, as they were before the step."""
         return tuple(rate if isinstance(rate, float) else rate.values[0] for rate in self._rates)
 
-    def settle(self) -> None:
-        """Reads everything that was asked for; a second time for what fp32 may not have held."""
-        self.clipping.settle(lambda place: self.indices[place] in self._zeros)
+    def settle(self, *, again: bool = True) -> None:
+        """Reads everything that was asked for; a second time, unless told not to, for what fp32 may not have held."""
+        self.clipping.settle(lambda place: self.indices[place] in self._zeros, again=again)
         self.by_gradient = self.clipping.by_gradient
+
+    @property
+    def resolution(self) -> float:
+        """Relative distance of neighbouring numbers in the coarsest dtype of the parameters."""
+        return max(self._roster.resolutions, default=0.0)
 
     @property
     def zeros(self) -> AbstractSet[int]:
         """Gradients that are exactly zero."""
+        if 0.0 not in self.by_gradient:
+            return NOBODY
         return {index for index, norm in zip(self.indices, self.by_gradient, strict=True) if norm == 0}
 
     def fingerprint(self) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
@@ -167,14 +183,13 @@ class Observation:
             The norms of the gradients, the norms of samples of the weights, and the sums of those samples.
         """
         gradients = {self.indices[place]: norm for place, norm in self.clipping.measured.items()}
-        held = [self.catalogue.index(tensor) for tensor in self._held]
+        held = self._held_roster.indices
         norms = dict(zip(held, self._weight_norms.unbind(), strict=True))
-        sums = [statistics.projection(sample) for sample in self._before]
-        return gradients, norms, dict(zip(held, sums, strict=True))
+        return gradients, norms, dict(zip(held, self._before.projections(), strict=True))
 
     def sampled_norms(self) -> dict[int, float]:
         """The norm of each trainable parameter's sample before a recorded step, by index."""
-        return dict(zip(map(self.catalogue.index, self._held), self._weights.values, strict=True))
+        return dict(zip(self._held_roster.indices, self._weights.values, strict=True))
 
     def norm_now(self) -> float:
         """The norm of the gradients as they are by now, by a copy from the device of its own."""
@@ -187,10 +202,15 @@ class Observation:
         """Asks how far the weights have moved, after a recorded step."""
         if not self.recorded:
             return
-        after = [statistics.sample(tensor, statistics.UPDATE_SAMPLE) for tensor in self._held]
-        distances = [new.detach() - old for new, old in zip(after, self._before, strict=True)]
-        self._moved = self.reader.ask(statistics.parameter_norms(distances))
-        self._before = []
+        self._moved = self.reader.ask(self._before.moved(self._held))
+        self._before = Samples(())
+
+    def release(self) -> None:
+        """After the step: lets go of the gradients, of which nothing but numbers is wanted any more."""
+        self.gradients = []
+        self.clipping.release()
+        for one in self.passes:
+            one.gradients = []
 
     def layers(self, table: Table, clip_factor: float = 1.0) -> Layers:
         """The layers' records, made from numbers alone when somebody looks: a record must not keep tensors alive.
@@ -203,7 +223,7 @@ class Observation:
         if self._recording is None:
             return Layers.from_columns(table.layers, lambda: gradient_columns("weight", table.groups(own), gradients))
         around, dead, scale = self._recording.around(self.loss_scale), self._recording.dead(), self.loss_scale
-        held = self.catalogue.roster(self._held)
+        held = self._held_roster
         norms = held.estimated(self._weights.values)
 
         def measured() -> dict[str, Column]:
@@ -228,11 +248,11 @@ class Observation:
 
         return Layers.from_columns(table.layers, measured, updates)
 
-    def shares(self, table: Table, by_parameter: Sequence[float]) -> tuple[float, ...]:
-        """The parts of the norm by layer, from those by parameter."""
+    def shares(self, table: Table) -> tuple[float, ...]:
+        """The parts of the norm by layer."""
         groups = table.groups(self._roster.names)
         found = [0.0] * groups.size
-        for row, share in zip(groups.rows, groups.fold(by_parameter, operator.add), strict=True):
+        for row, share in zip(groups.rows, groups.fold(self.clipping.shares, operator.add), strict=True):
             found[row] = share
         return tuple(found)
 
@@ -243,23 +263,22 @@ class Observation:
         """
         assert self._moved is not None
         assert self._sampled_peaks is not None
-        moved, peaks, norms = self._moved, self._sampled_peaks.values, self._weights.values
-        least = NEGLIGIBLE * max(filter(math.isfinite, peaks), default=0.0)
-        indices = [self.catalogue.index(tensor) for tensor in self._held]
-        known = []
-        for index, tensor, rate, peak, norm in zip(
-            indices, self._held, self._rate_of_each(), peaks, norms, strict=True
-        ):
+        moved, held, rates, norms = self._moved, self._held_roster, self._rate_of_each(), self._weights.values
+        peaks = dict(zip(self.indices, self._sampled_peaks.values, strict=True))
+        least = NEGLIGIBLE * max(filter(math.isfinite, peaks.values()), default=0.0)
+
+        def update(place: int) -> Update | None:
+            peak = peaks.get(held.indices[place], 0.0)
             if peak < least:  # such as a bias before a normalisation: its gradient is rounding noise
-                continue
-            rms = norm / math.sqrt(max(1, min(tensor.numel(), statistics.UPDATE_SAMPLE)))
-            known.append((index, Update(rate, peak, rms, statistics.resolution(tensor.dtype))))
+                return None
+            rms = norms[place] / math.sqrt(max(1, min(held.sizes[place], statistics.UPDATE_SAMPLE)))
+            return Update(rates[place], peak, rms, held.resolutions[place])
 
         def told() -> tuple[set[int], dict[int, bool]]:
-            distances = dict(zip(indices, moved.values, strict=True))
-            changed = {index for index, distance in distances.items() if distance != 0}
-            still = {index: update.lost for index, update in known if distances[index] == 0 and update.expected}
-            return changed, still
+            where = [place for place, distance in enumerate(moved.values) if distance == 0]
+            still = {held.indices[place]: update(place) for place in where}
+            changed = set(held.indices).difference(still)
+            return changed, {index: one.lost for index, one in still.items() if one is not None and one.expected}
 
         return told
 
@@ -269,7 +288,8 @@ class Observation:
 
     def _weight_gradients(self) -> Gradients:
         norms, nonfinite = self.clipping.euclidean
-        sizes, count, scale = self._roster.sizes, len(self.gradients), self.clipping.scale
+        sizes, scale = self._roster.sizes, self.clipping.scale
+        count = len(sizes)
         kept = array("d", norms)
         if self._recording is None:
             return Gradients(sizes, kept, nonfinite if any(nonfinite) else ())

@@ -47,6 +47,8 @@ class Options:
     thresholds: Thresholds | None = None
     run: RunInfo | None = None
     process_group: Any = None
+    asynchronous: bool = False
+    fold: bool = False
 
     def __post_init__(self) -> None:
         for name, rule in self.clip.items() if isinstance(self.clip, Mapping) else [(None, self.clip)]:
@@ -58,6 +60,8 @@ class Options:
             raise ValueError(f"accumulate must be a number of backward passes, at least 1; got {self.accumulate!r}.")
         if type(self.every) is not int or self.every < 0:
             raise ValueError(f"every must be 0 (never) or a number of steps; got {self.every!r}.")
+        _check_bool("asynchronous", self.asynchronous)
+        _check_bool("fold", self.fold)
         _check_group(self.process_group)
         for name, choices in (
             ("nonfinite", NONFINITE_POLICIES),
@@ -71,6 +75,11 @@ class Options:
                 re.compile(self.layers)
             except (re.error, TypeError) as error:
                 raise ValueError(f"layers must be a regular expression; got {self.layers!r} ({error}).") from None
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
 
 
 def _check_group(choice: Any) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from diagnostics import statistics
 from diagnostics.depth import Call
 from diagnostics.depth.forward import INPUT, OUTPUT, Role
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor.assembly import Around, Gradients, profiled
 from diagnostics.statistics import magnitudes
-from diagnostics.statistics.dead import DeadUnits, row_sizes
+from diagnostics.statistics.dead import DeadUnits, unit_sizes
+from diagnostics.statistics.reading import Reader
+from diagnostics.statistics.stacks import Stacks
 
 
 class Recording:
@@ -33,24 +33,22 @@ class Recording:
 
     def __init__(
         self,
-        reader: statistics.Reader,
+        reader: Reader,
         passes: Sequence[BackwardPass],
         names: Sequence[str],
-        gradients: Sequence[Tensor],
+        gradients: Stacks,
         dead: DeadUnits,
     ) -> None:
         measured = [one for each in passes for one in each.gradients]
         parts = [one.parts for one in measured if one.parts is not None]
         self._made = [(one.roles, one.numel, one.share is not None) for one in measured if one.parts is not None]
-        self._read = [(one.roles, one.numel) for one in measured if one.parts is None]
+        read = [one for one in measured if one.norm is not None]
+        self._read = [(one.roles, one.numel) for one in read]
         self._profiles = reader.ask(magnitudes.profiles(parts))
-        self._norms = reader.ask(statistics.pack([one.norm for one in measured if one.parts is None]))
+        self._norms = reader.ask(statistics.pack([one.norm for one in read if one.norm is not None]))
         self._shares = reader.ask(statistics.pack([one.share for one in measured if one.share is not None]))
-        rows = {
-            place: row_sizes(gradient, dead.units[name])
-            for place, (name, gradient) in enumerate(zip(names, gradients, strict=True))
-            if name in dead.units and gradient.numel() and not gradient.is_sparse
-        }
+        dims = {place: dead.units[name] for place, name in enumerate(names) if name in dead.units}
+        rows = unit_sizes(gradients, dims)
         self._judged, shares = dead.update({names[place]: row for place, row in rows.items()})
         self._dead = reader.ask(shares)
         self.peaks = reader.ask(magnitudes.peaks(gradients, rows))

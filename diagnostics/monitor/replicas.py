@@ -20,6 +20,7 @@ from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.observation import Observation
 from diagnostics.monitor.schedule import Schedule
 from diagnostics.records import ContractError, DiagnosisError, StepRecord
+from diagnostics.statistics.reading import Reader, Reading
 
 ROUNDING = 1e-4
 """Relative difference of equal norms: a thousand times the resolution of float32, in which most are accumulated."""
@@ -46,7 +47,7 @@ class Replicas:
         self,
         group: Any,
         catalogue: Catalogue,
-        reader: statistics.Reader,
+        reader: Reader,
         schedule: Schedule,
         warn: Callable[[str], None],
     ) -> None:
@@ -57,10 +58,15 @@ class Replicas:
         self._tolerances = [_tolerance(one.dtype) for one in tensors] if group else []
         self._ranks = Ranks(group, dict(zip(catalogue.names, tensors, strict=True))) if group else None
         self._met = False
-        self._asked: statistics.Reading | None = None
+        self._asked: Reading | None = None
         self._wish = False
         self._held: ContractError | DiagnosisError | None = None
         self._raise = False
+
+    @property
+    def active(self) -> bool:
+        """Whether there are others to go by."""
+        return self._ranks is not None
 
     def ask(self, observation: Observation, step: int, place: int) -> None:
         """Compares a recorded step before it is taken: the same number of times on every rank.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,12 +42,18 @@ class Unit:
         self.clipping = ClipState("none", 2.0)
         self.step = 0
         self.passes: list[BackwardPass] = []
-        self._clipped = 0
+        self._given: list[Tensor] = []
+        self._unique: list[Tensor] = []
+        self._clipped = self._counted = 0
         self._norms = NormWindow(NORM_WINDOW)
 
     def parameters(self) -> list[Tensor]:
-        """All parameters that it owns, each once; groups that were added later included."""
-        return list({id(parameter): parameter for parameter in self._parameters()}.values())
+        """All parameters that it owns, each once; groups that were added later included. The same list if no news."""
+        given = list(self._parameters())
+        if len(given) != len(self._given) or not all(map(operator.is_, given, self._given)):
+            self._given = given
+            self._unique = list({id(parameter): parameter for parameter in given}.values())
+        return self._unique
 
     def learning_rates(self) -> list[Tensor | float]:
         """One per parameter group, as the optimizer holds them."""
@@ -66,16 +74,22 @@ class Unit:
                 found.update({id(one): (called, f"{prefix}{place}") for one in group["params"]})
         return [Member(name(one), *found[id(one)]) for one in parameters]
 
-    def count(self, total_norm: float, *, clipped: bool) -> tuple[float, tuple[float, ...]]:
-        """Counts a step; returns the share of the steps so far that were clipped, and the quantiles of their norm."""
+    def begin(self) -> int:
+        """Counts a step; returns its number."""
         self.step += 1
+        return self.step - 1
+
+    def count(self, total_norm: float, *, clipped: bool) -> tuple[float, tuple[float, ...]]:
+        """Counts what a step did; returns the share of clipped ones so far, and the quantiles of their norm."""
+        self._counted += 1
         self._clipped += clipped
         self._norms.add(total_norm)
         quantiles = tuple(self._norms.quantile(q) for q in NORM_QUANTILES) if len(self._norms) else ()
-        return self._clipped / self.step, quantiles
+        return self._clipped / self._counted, quantiles
 
     def skip(self, passes: Sequence[BackwardPass], loss_scale: float) -> StepRecord:
         """Counts a step of which only the GradScaler knew, and what is known of it: its gradients are gone."""
+        step = self.begin()
         fraction, quantiles = self.count(math.nan, clipped=False)
         limit = self.clipping.limit(math.nan)
         clip = ClipRecord(
@@ -92,7 +106,7 @@ class Unit:
         )
         rates = tuple(rate for rate in self.learning_rates() if isinstance(rate, float))
         return StepRecord(
-            step=self.step - 1,
+            step=step,
             clip=clip,
             optimizer=self.name,
             lr=rates,
@@ -108,11 +122,11 @@ class Unit:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where another one was."""
-        self.step, self._clipped = int(state["step"]), int(state["clipped"])
+        self.step = self._counted = int(state["step"])
+        self._clipped = int(state["clipped"])
         self._norms.load_state_dict(state)
         self.clipping.load_state_dict(state["clipping"])
 
     def _parameters(self) -> Iterator[Tensor]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield from group["params"]
+        groups = (group["params"] for optimizer in self.optimizers for group in optimizer.param_groups)
+        return chain.from_iterable(groups)

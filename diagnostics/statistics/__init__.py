@@ -7,11 +7,15 @@ exploding nets live. So a norm that looks as if it had left the range is taken a
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
+
+from diagnostics.statistics.stacks import Stacks
 
 UPDATE_SAMPLE = 4096
 TRUSTED_DECADES = 30.0
@@ -27,16 +31,21 @@ def gradients_of(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tenso
         parameters: Tensors; one that is given twice counts once, one without gradient is left out.
 
     Returns:
-        The parameters and their gradients, in the order given.
+        The parameters and their gradients, in the order given; the very list if that is what it was.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.ones(2)
         >>> gradients_of([weight, weight, torch.nn.Parameter(torch.zeros(1))])[1]
         [tensor([1., 1.])]
     """
-    unique = {id(parameter): parameter for parameter in parameters if parameter.grad is not None}
-    owners = list(unique.values())
-    return owners, [parameter.grad for parameter in owners if parameter.grad is not None]
+    owners = parameters if isinstance(parameters, list) else list(parameters)
+    if len(set(map(id, owners))) < len(owners):
+        owners = list({id(parameter): parameter for parameter in owners}.values())
+    gradients = [parameter.grad for parameter in owners]
+    if any(map(operator.is_, gradients, repeat(None))):
+        owners = [parameter for parameter, gradient in zip(owners, gradients, strict=True) if gradient is not None]
+        gradients = [gradient for gradient in gradients if gradient is not None]
+    return owners, gradients  # type: ignore[return-value] # those that are None are out
 
 
 @torch.no_grad()
@@ -56,6 +65,29 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tens
         >>> parameter_norms([torch.tensor([3.0, 4.0]), torch.ones(4)])
         tensor([5., 2.])
     """
+    return stacked_norms(Stacks(gradients), norm_type)
+
+
+@torch.no_grad()
+def stacked_norms(stacks: Stacks, norm_type: float = 2.0) -> Tensor:
+    """The same of tensors that are stacked where that saves kernels: on a CPU."""
+    if not stacks.tensors or stacks.tensors[0].device.type != "cpu":
+        return _norms_apart(stacks.tensors, norm_type)
+    return stacks.reduce(lambda rows: row_norms(rows, norm_type), lambda rest: _norms_apart(rest, norm_type))
+
+
+def row_norms(rows: Tensor, norm_type: float = 2.0) -> Tensor:
+    """The p-norm of each row; half types are accumulated in fp32.
+
+    Example:
+        >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([5., 1.])
+    """
+    norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=_accumulation_dtype(rows.dtype))
+    return norms
+
+
+def _norms_apart(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     values = [dense(gradient) for gradient in gradients]
     norms: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -144,7 +176,7 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
         torch.Size([6])
     """
     flat = detached(dense(tensor)).reshape(-1)
-    return flat if flat.numel() <= limit else flat[:: _stride(flat.numel(), limit)]
+    return flat if flat.numel() <= limit else flat[:: stride(flat.numel(), limit)]
 
 
 def sample_factor(numel: int, limit: int) -> float:
@@ -154,7 +186,7 @@ def sample_factor(numel: int, limit: int) -> float:
         >>> sample_factor(4, 4), sample_factor(9, 5)
         (1.0, 1.3416407864998738)
     """
-    taken = numel if numel <= limit else math.ceil(numel / _stride(numel, limit))
+    taken = numel if numel <= limit else math.ceil(numel / stride(numel, limit))
     return math.sqrt(numel / taken) if taken else 1.0
 
 
@@ -174,24 +206,36 @@ def projection(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sampled_peaks(parameters: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of every parameter's gradient in a sample of it; 0 where there is none to look at.
+def sampled_peaks(stacks: Stacks) -> Tensor:
+    """The largest magnitude of every gradient in a sample of it; 0 for sparse ones, which are not looked at.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.tensor([1.0, -3.0])
-        >>> sampled_peaks([weight, torch.nn.Parameter(torch.zeros(1))])
-        tensor([3., 0.])
+        >>> sampled_peaks(Stacks([torch.tensor([1.0, -3.0]), torch.zeros(1)]))
+        tensor([3., 0.], dtype=torch.float64)
     """
-    gradients = [parameter.grad for parameter in parameters]
-    seen = [place for place, gradient in enumerate(gradients) if gradient is not None and not gradient.is_sparse]
-    if not seen:
-        return torch.zeros(len(gradients))
-    found = parameter_norms(
-        [sample(one, UPDATE_SAMPLE) for one in (gradients[i] for i in seen) if one is not None], math.inf
-    )
-    if len(seen) == len(gradients):
-        return found
-    return found.new_zeros(len(gradients)).index_copy(0, torch.tensor(seen, device=found.device), found)
+
+    def of_rest(rest: Sequence[Tensor]) -> Tensor:
+        return pack([torch.zeros(()) if one.is_sparse else largest(sample(one, UPDATE_SAMPLE)) for one in rest])
+
+    return stacks.reduce(lambda rows: pack([largest(rows, 1)]), of_rest)
+
+
+def largest(values: Tensor, dim: int | None = None) -> Tensor:
+    """The largest magnitude, NaN where there is one: a look at both ends takes a tenth of the inf-norm's time.
+
+    Args:
+        values: Real or complex; 0 if empty.
+        dim: Along which; None for that of all elements, 0-dim.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -3.0]))
+        tensor(3.)
+    """
+    values = values.abs() if values.is_complex() else values
+    if values.numel() == 0:
+        return values.new_zeros(())
+    ends = () if dim is None else (dim,)
+    return torch.maximum(values.amax(ends), -values.amin(ends))
 
 
 def resolution(dtype: torch.dtype) -> float:
@@ -220,62 +264,8 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     if len({(tensor.device, tensor.dtype, tensor.dim()) for tensor in full}) == 1 and full[0].dim() <= 1:
         alike: Tensor = (torch.cat if full[0].dim() else torch.stack)(full)
         return alike.to(device, dtype)  # one conversion for all
-    return torch.cat([tensor.to(device, dtype).reshape(-1) for tensor in full])
-
-
-class Reading:
-    """Numbers on their way from the device.
-
-    Looking at ``values`` brings them, and all others that the Reader was asked for, unless they have come already.
-    """
-
-    def __init__(self, reader: Reader, numel: int) -> None:
-        self._reader = reader
-        self._values: list[float] | None = None
-        self.numel = numel
-
-    @property
-    def values(self) -> list[float]:
-        """The numbers, flat."""
-        if self._values is None:
-            self._reader.read()
-        assert self._values is not None
-        return self._values
-
-    def bring(self, values: list[float]) -> None:
-        """The numbers have come."""
-        self._values = values
-
-
-class Reader:
-    """Collects small tensors and brings all of them to the host by one copy: the only place where the host waits.
-
-    Example:
-        >>> reader = Reader()
-        >>> first, second = reader.ask(torch.ones(2)), reader.ask(torch.tensor(3))
-        >>> second.values, first.values, reader.copies
-        ([3.0], [1.0, 1.0], 1)
-    """
-
-    def __init__(self) -> None:
-        self.copies = 0
-        self._asked: list[tuple[Tensor, Reading]] = []
-
-    def ask(self, tensor: Tensor) -> Reading:
-        """Takes a tensor whose values are wanted."""
-        reading = Reading(self, tensor.numel())
-        self._asked.append((tensor, reading))
-        return reading
-
-    def read(self) -> None:
-        """Brings everything that was asked for."""
-        asked, self._asked = self._asked, []
-        values = pack([tensor for tensor, _ in asked]).tolist()
-        self.copies += 1
-        place = 0
-        for _, reading in asked:
-            reading.bring(values[place : place + reading.numel])
-            place += reading.numel
+    # What comes from the host need not be waited for; the device is the host only where all tensors are there.
+    return torch.cat([tensor.to(device, dtype, non_blocking=True).reshape(-1) for tensor in full])
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -293,11 +283,12 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _stride(numel: int, limit: int) -> int:
-    stride = max(2, math.ceil(numel / limit))
-    while numel % stride == 0 or not _is_prime(stride):
-        stride += 1
-    return stride
+def stride(numel: int, limit: int) -> int:
+    """By how many elements those of a sample lie apart, of more than so many."""
+    step = max(2, math.ceil(numel / limit))
+    while numel % step == 0 or not _is_prime(step):
+        step += 1
+    return step
 
 
 def _is_prime(number: int) -> bool:

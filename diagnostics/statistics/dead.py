@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import pack
+from diagnostics.statistics import largest, pack
 from diagnostics.statistics.magnitudes import SMALL, is_quick, real_values, shares_by_part
+from diagnostics.statistics.stacks import Stacks
 
 DEAD_WINDOW = 10
 """Recorded steps in a row after which a unit without any gradient counts as dead."""
@@ -35,6 +36,7 @@ class DeadUnits:
         self.units = units
         self._streaks: dict[str, Tensor] = {}
         self._seen: dict[str, int] = {}
+        self._newest: tuple[list[str], Tensor] = ([], torch.zeros(0))  # the same streaks once more, all together
 
     @torch.no_grad()
     def update(self, rows: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
@@ -51,9 +53,12 @@ class DeadUnits:
             return [], torch.zeros(0)
         sizes = [len(numbers) for numbers in rows.values()]
         zero = pack([*rows.values()]) == 0
-        before = zip(map(self._streaks.get, rows), sizes, strict=True)
-        streaks = torch.cat([torch.zeros(size, device=zero.device) if old is None else old for old, size in before])
+        names, (newest, streaks) = list(rows), self._newest
+        if names != newest:
+            before = zip(map(self._streaks.get, rows), sizes, strict=True)
+            streaks = torch.cat([torch.zeros(size, device=zero.device) if old is None else old for old, size in before])
         streaks = (streaks + 1) * zero
+        self._newest = names, streaks
         self._streaks |= zip(rows, torch.split(streaks, sizes), strict=True)
         for name in rows:
             self._seen[name] = self._seen.get(name, 0) + 1
@@ -61,7 +66,6 @@ class DeadUnits:
         if not known:
             return [], torch.zeros(0)
         shares = shares_by_part((streaks >= DEAD_WINDOW)[None], sizes)[0]
-        names = list(rows)
         return [names[place] for place in known], shares if len(known) == len(rows) else shares[known]
 
 
@@ -74,6 +78,31 @@ def row_share(gradient: Tensor) -> Tensor:
         tensor(0.5000)
     """
     return (gradient.abs().amax(-1) != 0).float().mean()
+
+
+@torch.no_grad()
+def unit_sizes(gradients: Stacks, unit_dims: Mapping[int, int]) -> dict[int, Tensor]:
+    """:func:`row_sizes` of some gradients by place; those of one shape by one kernel.
+
+    Args:
+        gradients: All gradients.
+        unit_dims: Place of a weight to the dimension that counts its layer's units.
+
+    Example:
+        >>> unit_sizes(Stacks([torch.ones(1), torch.tensor([[0.0, 0.0], [1.0, 0.0]])]), {1: 0})[1] == 0
+        tensor([ True, False])
+    """
+    found: dict[int, Tensor] = {}
+    for places, rows in zip(gradients.places, gradients.rows, strict=True):
+        if all(unit_dims.get(place) == 0 for place in places):
+            units = gradients.tensors[places[0]].shape[0]
+            sizes = largest(rows.reshape(len(places), units, -1), 2)
+            found.update(zip(places, sizes.unbind(), strict=True))
+    for place, dim in unit_dims.items():
+        gradient = gradients.tensors[place]
+        if place not in found and gradient.numel() and not gradient.is_sparse:
+            found[place] = row_sizes(gradient, dim)
+    return {place: found[place] for place in unit_dims if place in found}
 
 
 def row_sizes(gradient: Tensor, unit_dim: int = 0) -> Tensor:
@@ -95,4 +124,4 @@ def row_sizes(gradient: Tensor, unit_dim: int = 0) -> Tensor:
     if rows.numel() <= SMALL and is_quick(rows):
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         return norms
-    return torch.maximum(rows.amax(1), -rows.amin(1))
+    return largest(rows, 1)

@@ -65,8 +65,9 @@ def train(
             acts.begin()
             loss = _backward(forward, task, next(batches), settings, acts, device=device)
             record = acts.step(loss, metrics)
-            if record is not None and not record.skipped:  # torch warns of a schedule ahead of its optimizer
-                schedule.step()
+            # None: the scaler left the step out, or asynchronous=True does not know of the first one yet.
+            if scaler is None if record is None else not record.skipped:
+                schedule.step()  # torch warns of a schedule ahead of its optimizer
             progress.advance(None if record is None else record.loss)
             if stop_when_sick and (reason := incurable(monitor, settings.patience)):
                 monitor.close("stopped", reason)
@@ -82,8 +83,7 @@ def incurable(monitor: Monitor, patience: int) -> str | None:
 
     One that only stands for what it has cost is no reason: its slope is gone, and the run may make up for it.
     """
-    last = monitor.records[-1]
-    if not last.recorded:
+    if not monitor.records or not (last := monitor.records[-1]).recorded:
         return None
     for one in monitor.diagnoses:
         if is_alarm(one) and GONE not in one.evidence and last.step - one.step >= patience:

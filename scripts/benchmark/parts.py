@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmark.timing import Block, Clock, difference, interleave, ratio, repetitions
 from benchmark.variants import SETTLED, Stage, Step, plain, watched
@@ -230,5 +231,5 @@ def memory(work: Workload, steps: Iterable[int]) -> Iterator[MemoryRow]:
 def _storages() -> dict[int, int]:
     """Address and bytes of everything that a tensor holds."""
     tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]  # isinstance wakes lazy modules up
-    storages = [one.untyped_storage() for one in tensors]
+    storages = [one.untyped_storage() for one in tensors if not isinstance(one, FakeTensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}

@@ -103,8 +103,11 @@ def off(training: Training, stage: Stage) -> Step:
     return plain(training, stage)
 
 
-def watched(every: int, sinks: Callable[[Stage], list[Sink]] = lambda _stage: []) -> Callable[[Training, Stage], Step]:
-    """A Monitor with its defaults, but for ``every`` and the sinks. A broken rule ends the bench."""
+def watched(
+    every: int, sinks: Callable[[Stage], list[Sink]] = lambda _stage: [], **options: Any
+) -> Callable[[Training, Stage], Step]:
+    """A Monitor with its defaults, but for ``every``, the sinks and what is said. A broken rule ends the bench."""
+    reaction = "record" if options.get("asynchronous") else "raise"
 
     def start(training: Training, stage: Stage) -> Step:
         monitor = Monitor(
@@ -112,10 +115,11 @@ def watched(every: int, sinks: Callable[[Stage], list[Sink]] = lambda _stage: []
             training.optimizer,
             clip=ClipByNorm(training.max_norm),
             accumulate=training.micro_batches,
-            on_violation="raise",
-            on_diagnosis="raise",
+            on_violation=reaction,
+            on_diagnosis=reaction,
             every=every,
             sinks=sinks(stage),
+            **options,
         )
         stage.monitors[id(training)] = stage.stack.enter_context(monitor)
 
@@ -191,6 +195,10 @@ VARIANTS: Mapping[str, Variant] = {
     "every_0": Variant("Monitor(every=0): norms, clip, contract", watched(0)),
     "default": Variant("Monitor()", watched(10), period=10, warm_up=SETTLED),
     "dense": Variant("Monitor(every=1): output gradients at each step", watched(1)),
+    "fold": Variant(
+        "Monitor(fold=True): the fused step multiplies", watched(10, fold=True), period=10, warm_up=SETTLED
+    ),
+    "asynchronous": Variant("Monitor(asynchronous=True)", watched(10, asynchronous=True), period=10, warm_up=SETTLED),
     "run_log": Variant(
         "Monitor() with a run log", watched(10, lambda stage: [stage.run_log()]), period=10, warm_up=SETTLED
     ),

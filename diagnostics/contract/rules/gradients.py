@@ -9,9 +9,9 @@ ends with, between two passes of a window; windows whose passes reach disjoint p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diagnostics.contract.acts import Backward, Closing, Step
 from diagnostics.contract.rules import Finding, Judge, at, describe
@@ -22,11 +22,11 @@ _REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Spent:
-    """What a gradient still holds: contributions of this many steps, the first of them, and its norm then."""
+    """What gradients still hold: contributions of this many steps, the first of them, and its norms by parameter."""
 
     first: int
     count: int
-    norm: float
+    norms: Mapping[int, float]
 
 
 class Gradients(Judge):
@@ -99,6 +99,8 @@ class Gradients(Judge):
 
     def _look(self, fact: Backward) -> None:
         """What ``.grad`` held when the pass began."""
+        if not fact.leftover:
+            self._inside.clear()
         for index in list(self._inside):
             if fact.leftover.get(index, 0.0) == 0 or index in fact.replaced:
                 del self._inside[index]
@@ -128,6 +130,8 @@ class Gradients(Judge):
             yield Finding("step_without_grads", fact.step, f"{what}.")
 
     def _spent_again(self, fact: Step) -> Iterable[Finding]:
+        if not self._inside:
+            return
         fresh = self.windows.fresh(fact.rewritten) if fact.rewritten else set()
         for index, norm in fact.norms.items():
             if norm == 0 or (index in fact.rewritten and index not in fresh):
@@ -141,7 +145,7 @@ class Gradients(Judge):
             f"{at(fact.optimizer, fact.step)} spent gradients that step {first} had already spent: .grad of "
             f"{self._describe(stale)} was not cleared since and now holds the gradients of {count} steps instead of 1"
         )
-        before = math.hypot(*(self._inside[index].norm for index in stale))
+        before = math.hypot(*(self._inside[index].norms[index] for index in stale))
         now = math.hypot(*(fact.norms[index] for index in stale))
         size = f"; the gradient is {now / before:.3g} × the fresh one of step {first}" if 0 < before < math.inf else ""
         yield Finding("missing_zero_grad", fact.step, f"{message}{size}.", tuple(stale))
@@ -171,13 +175,13 @@ class Gradients(Judge):
 
     def _spend(self, fact: Step) -> None:
         self._spent.update(*(inside for members, inside in self.windows.open() if members & fact.norms.keys()))
-        for index, norm in fact.norms.items():
-            self._owners[index] = fact.optimizer
-            if norm != 0:
-                before = self._inside.get(index)
-                self._inside[index] = (
-                    _Spent(before.first, before.count + 1, before.norm) if before else _Spent(fact.step, 1, norm)
-                )
+        self._owners.update(dict.fromkeys(fact.norms, fact.optimizer))
+        again = {index: replace(one, count=one.count + 1) for index, one in self._inside.items() if index in fact.norms}
+        new = dict.fromkeys(fact.norms, _Spent(fact.step, 1, fact.norms))
+        if 0.0 in fact.norms.values():
+            new = {index: spent for index, spent in new.items() if fact.norms[index] != 0}
+            again = {index: spent for index, spent in again.items() if fact.norms[index] != 0}
+        self._inside |= new | again
         self._steps[fact.optimizer] = fact.step
 
     def _last(self, indices: Iterable[int]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from diagnostics.diagnosis.thresholds import Thresholds
-from diagnostics.records import DepthFit, Diagnosis, LayerRecord, Layers, StepRecord
+from diagnostics.records import DepthFit, Diagnosis, Layer, LayerRecord, Layers, StepRecord
 
 MAD_TO_SIGMA = 1.4826
 """Makes a median absolute deviation comparable with a standard deviation, for normally distributed values."""
@@ -68,12 +68,11 @@ class Memory:
         )
         if not record.recorded:
             return memory
-        layers = record.layers.before_step
-        newly = [one.layer.name for one in layers if has_gradient(one) and one.layer.name not in self.alive]
+        newly = [layer.name for layer in _reached(record.layers) if layer.name not in self.alive]
         return replace(
             memory,
             alive=self.alive.union(newly) if newly else self.alive,
-            largest=_largest(layers, record.step) or self.largest,
+            largest=_largest(record.layers, record.step) or self.largest,
             unjudged=record.layers,
         )
 
@@ -101,6 +100,14 @@ class Case:
         """All layers, without update ratios."""
         return self.record.layers.before_step
 
+    def values(self, name: str) -> list[float | None]:
+        """One quantity of all layers, which costs no objects: see :meth:`Layers.values`."""
+        return self.record.layers.values(name)
+
+    def reaches(self, limit: float, *names: str) -> bool:
+        """Whether one of these quantities is as large as that at some layer."""
+        return any(value is not None and value >= limit for name in names for value in self.values(name))
+
     @property
     def trunk(self) -> list[LayerRecord]:
         """The layers that count in the fit."""
@@ -123,7 +130,7 @@ def deviation(values: Sequence[float], centre: float) -> float:
     return MAD_TO_SIGMA * median(abs(value - centre) for value in values)
 
 
-def places(layers: Sequence[LayerRecord]) -> str:
+def places(layers: Sequence[LayerRecord | Layer]) -> str:
     """Layers as people say them.
 
     Example:
@@ -131,15 +138,23 @@ def places(layers: Sequence[LayerRecord]) -> str:
         >>> places([LayerRecord(Layer(2, "hidden.2", "Linear"), None, None)])
         'depth 2 (hidden.2)'
     """
-    first, last = layers[0].layer, layers[-1].layer
+    first, *_, last = [one.layer if isinstance(one, LayerRecord) else one for one in (*layers, layers[-1])]
     if len(layers) == 1:
         return f"depth {first.depth} ({first.name})"
     return f"{len(layers)} layers, depth {first.depth} ({first.name}) to {last.depth} ({last.name})"
 
 
-def _largest(layers: Sequence[LayerRecord], step: int) -> Largest | None:
-    sizes = [(stats.norm, one.layer) for one in layers for stats in (one.weight or one.output,) if stats is not None]
-    if not sizes or not all(math.isfinite(size) for size, _ in sizes):
+def _reached(layers: Layers) -> list[Layer]:
+    """Layers that anything but exact zeros has reached."""
+    norms = zip(layers.values("weight.norm"), layers.values("output.norm"), strict=True)
+    return [layer for layer, pair in zip(layers.layers, norms, strict=True) if pair[0] or pair[1]]
+
+
+def _largest(layers: Layers, step: int) -> Largest | None:
+    norms = zip(layers.layers, layers.values("weight.norm"), layers.values("output.norm"), strict=True)
+    sizes = [(output if weight is None else weight, layer) for layer, weight, output in norms]
+    known = [(size, layer) for size, layer in sizes if size is not None]
+    if not known or not all(math.isfinite(size) for size, _ in known):
         return None
-    size, layer = max(sizes, key=lambda pair: pair[0])
+    size, layer = max(known, key=lambda pair: pair[0])
     return Largest(layer.name, layer.depth, size, step)

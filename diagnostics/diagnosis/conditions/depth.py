@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median, quantiles
 
 from diagnostics.diagnosis.conditions.case import Case, has_gradient, places
-from diagnostics.records import NOTICE, SEVERE, WARNING, Diagnosis, LayerRecord, steps_back
+from diagnostics.records import NOTICE, SEVERE, WARNING, Diagnosis, Layer, LayerRecord, Layers, steps_back
 
 _FADED = 1e-20
 """So small an output gradient may have rounded to zero one layer further back: that is a slope, not a dead layer."""
@@ -75,7 +75,7 @@ def stalled_layers(case: Case) -> Iterator[Diagnosis]:
         f"{decades:.1f} decades less than those of the faster layers."
     )
     evidence = {"decades": decades, "threshold": limit, "layers": float(len(slow))}
-    yield case.finding("stalled_layers", NOTICE, worst.layer.depth, evidence, message)
+    yield case.finding("stalled_layers", NOTICE, worst.depth, evidence, message)
 
 
 def dead(case: Case) -> Iterator[Diagnosis]:
@@ -84,8 +84,8 @@ def dead(case: Case) -> Iterator[Diagnosis]:
     A layer without a gradient of its own (frozen, unused, a later step of an unrolled cell) is not judged, and nothing
     is where the loss itself has no gradient left. Source: Lu et al., Dying ReLU and Initialization, 2019.
     """
-    measured = any(one.output is not None for one in case.layers)
-    silent = [one for one in case.trunk if _is_zero(one, measured=measured)]
+    measured = any(norm is not None for norm in case.values("output.norm"))
+    silent = [one for one in case.trunk if _is_zero(one, measured=measured)] if 0 in case.values("weight.norm") else []
     above = [one for one in case.trunk if silent and has_gradient(one) and one.layer.depth > silent[-1].layer.depth]
     while silent and not above:  # the last layers have nothing to pass on, which is no fault of theirs
         silent.pop()
@@ -116,7 +116,7 @@ def broken_at(case: Case) -> Iterator[Diagnosis]:
         yield found
 
 
-def _stalled(case: Case) -> tuple[list[float], list[LayerRecord]]:
+def _stalled(case: Case) -> tuple[list[float], list[Layer]]:
     """By how many decades each layer's update ratio stays below the upper quartile over depth, and the layers.
 
     The quartile and not the median, since in a deep net that vanishes more than half of the layers stand still.
@@ -134,21 +134,22 @@ def _behind_the_fastest(case: Case) -> float:
     return max(logs) - median(logs[: (len(logs) + 2) // 3]) if logs else 0.0
 
 
-def _update_ratios(case: Case, *, branches: bool) -> tuple[list[float], list[LayerRecord]]:
+def _update_ratios(case: Case, *, branches: bool) -> tuple[list[float], list[Layer]]:
     """log10 of the last known update ratios and their layers, on the trunk or on its branches too; none below three."""
-    layers = [
-        one
-        for one in case.memory.unjudged or ()
-        if (one.layer.trunk or (branches and "Norm" not in one.layer.kind))
-        and one.layer.kind not in _LOOKED_UP
-        and one.weight is not None
-        and one.weight.norm > 0
-        and one.update_ratio is not None
-        and math.isfinite(one.update_ratio)
+    last = case.memory.unjudged or Layers()
+    known = [
+        (layer, ratio)
+        for layer, norm, ratio in zip(last.layers, last.values("weight.norm"), last.values("update_ratio"), strict=True)
+        if (layer.trunk or (branches and "Norm" not in layer.kind))
+        and layer.kind not in _LOOKED_UP
+        and norm is not None
+        and norm > 0
+        and ratio is not None
+        and math.isfinite(ratio)
     ]
-    if len(layers) < 3:
+    if len(known) < 3:
         return [], []
-    return [math.log10(max(one.update_ratio or 0.0, _ROUNDED_BACK)) for one in layers], layers
+    return [math.log10(max(ratio, _ROUNDED_BACK)) for _, ratio in known], [layer for layer, _ in known]
 
 
 def _is_zero(one: LayerRecord, *, measured: bool) -> bool:
@@ -165,6 +166,8 @@ def _has_faded(one: LayerRecord) -> bool:
 
 def _dead_units(case: Case) -> Iterator[Diagnosis]:
     limit = case.thresholds.dead_units
+    if not case.reaches(limit, "dead_fraction"):
+        return
     counted = [one for one in case.trunk if one.dead_fraction is not None]
     if len(counted) < 2 or (counted[-1].dead_fraction or 0.0) >= limit:  # the loss itself has no gradient left
         return
@@ -181,6 +184,8 @@ def _dead_units(case: Case) -> Iterator[Diagnosis]:
 
 def _detached(case: Case) -> Diagnosis | None:
     """Trainable layers at the beginning that have never had a gradient, though all that come behind them have."""
+    if None not in case.values("output.norm"):
+        return None
     reached = [one for one in case.layers if has_gradient(one)]
     if not reached or not any(one.output is not None for one in reached):
         return None
@@ -208,13 +213,13 @@ def _jump(case: Case) -> Diagnosis | None:
     layers around it, three on either side, must agree that the level has changed. The last layer, whose output is the
     loss's own business, and the first have too few neighbours to tell; of layers side by side nobody is a neighbour.
     """
-    sized = [(one, one.trunk_rms, one.trunk_norm) for one in case.trunk]
-    sizes = [(one, rms, norm) for one, rms, norm in sized if rms and norm and math.isfinite(norm)]
+    sized = zip(case.record.layers.layers, case.values("trunk_rms"), case.values("trunk_norm"), strict=True)
+    sizes = [(one, rms, norm) for one, rms, norm in sized if one.trunk and rms and norm and math.isfinite(norm)]
     layers = [one for one, _, _ in sizes]
     least = 10**case.thresholds.broken_decades
     if len(layers) < _LEAST_FOR_A_JUMP or max(size[1] for size in sizes) < least * min(size[1] for size in sizes):
         return None
-    if len(set(steps_back([one.layer for one in layers]))) < len(layers):
+    if len(set(steps_back(layers))) < len(layers):
         return None
     columns = [[math.log10(size) for size in column] for column in zip(*(pair for _, *pair in sizes), strict=True)]
     jumps = [min(pair, key=abs) for pair in zip(*map(_jumps, columns), strict=True)]
@@ -226,13 +231,13 @@ def _jump(case: Case) -> Diagnosis | None:
     before, behind = layers[place], layers[place + 1]
     what = "loses" if size < 0 else "gains"
     message = (
-        f"between depth {behind.layer.depth} ({behind.layer.name}) and {before.layer.depth} ({before.layer.name}) the "
+        f"between depth {behind.depth} ({behind.name}) and {before.depth} ({before.name}) the "
         f"gradient {what} {abs(size):.1f} decades on its way back, and nothing like it between the other layers. Look "
         "at what stands between these two."
     )
     evidence = {"decades": abs(size), "threshold": limit, "depths": float(len(layers))}
     severity = SEVERE if abs(size) >= case.thresholds.severe_decades else WARNING
-    return case.finding("broken_at", severity, before.layer.depth, evidence, message)
+    return case.finding("broken_at", severity, before.depth, evidence, message)
 
 
 def _jumps(column: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median, quantiles
 
 from diagnostics.diagnosis.conditions.case import Case, deviation
-from diagnostics.records import NOTICE, WARNING, Diagnosis
+from diagnostics.records import NOTICE, WARNING, Diagnosis, Layers
 
 _ENOUGH = 20
 """Steps without which a history tells nothing."""
@@ -53,7 +53,9 @@ def clipped_always(case: Case) -> Iterator[Diagnosis]:
     typical = median(coefficients)
     if share < limits.clipped_share or typical > limits.clipped_coefficient:
         return
-    ratios = [one.update_ratio for one in case.memory.unjudged or () if one.layer.trunk and one.update_ratio]
+    last = case.memory.unjudged or Layers()
+    pairs = zip(last.layers, last.values("update_ratio"), strict=True)
+    ratios = [ratio for layer, ratio in pairs if layer.trunk and ratio]
     still = bool(ratios) and max(ratios) < limits.still_ratio
     # The ninth decile: clipping is meant for the few steps that stand out.
     norms = sorted(10**norm for norm in case.memory.norms)
@@ -72,7 +74,7 @@ def clipped_always(case: Case) -> Iterator[Diagnosis]:
 def _largest_share(case: Case) -> tuple[int, str] | None:
     """Depth and name of the layer that makes the largest part of the norm."""
     shares = case.record.clip.shares
-    if not shares or len(shares) != len(case.layers):
+    if not shares or len(shares) != len(case.record.layers):
         return None
-    layer = case.layers[max(range(len(shares)), key=shares.__getitem__)].layer
+    layer = case.record.layers.layers[max(range(len(shares)), key=shares.__getitem__)]
     return layer.depth, layer.name

@@ -45,6 +45,8 @@ def underflow(case: Case) -> Iterator[Diagnosis]:
     Source: Micikevicius et al., Mixed Precision Training, 2018.
     """
     limit = case.thresholds.underflow_share
+    if not case.reaches(limit, "output.underflow_fraction", "output.underflow_fp16_fraction"):
+        return
     fp16 = case.record.loss_scale != 1.0  # only fp16 needs a scaler
     lost = [(_share(one.output, half=True, fp16=fp16), one) for one in case.trunk[:-1]]
     share, worst = max(lost, key=lambda pair: pair[0], default=(0.0, None))
@@ -62,6 +64,8 @@ def underflow(case: Case) -> Iterator[Diagnosis]:
 def denormal(case: Case) -> Iterator[Diagnosis]:
     """fp32 gradients so small that the hardware computes them slowly, in a matrix product 225 times as slowly."""
     limit = case.thresholds.denormal_share
+    if not case.reaches(limit, "output.underflow_fraction", "weight.underflow_fraction"):
+        return
     slow = [one for one in case.trunk if max(_share(one.output), _share(one.weight)) >= limit]
     if not slow:
         return
