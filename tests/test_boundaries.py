@@ -53,6 +53,8 @@ ORDER = (
 TO_THE_RIGHT = {
     ("runlog", "reports.figures"): "Run.plot(): people ask a run for its picture; figures know run logs",
     ("monitor", "reports.figures"): "Monitor.plot(): likewise",
+    ("sinks.wandb.closing", "reports.figures"): "W&B gets a run's heatmap when the run ends",
+    ("sinks.wandb.closing", "reports.page"): "and its page",
 }
 """Imports against the order: inside a function, each with its reason."""
 
@@ -102,7 +104,7 @@ WITHOUT_TORCH = (
 )
 
 HOMES = {
-    "wandb": {"sinks.wandb", "reports.wandb"},
+    "wandb": {"sinks.wandb", "sinks.wandb.closing", "sinks.wandb.opening", "sinks.wandb.values", "reports.wandb"},
     "hydra": {"configs", "jobs", "cli"},  # jobs asks which job runs now, for our trainers and for other people's apps
     "omegaconf": {"configs", "jobs", "cli"},
     "matplotlib": {"reports.drawing", "reports.figures"},

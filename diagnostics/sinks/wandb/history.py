@@ -1,0 +1,61 @@
+"""The run log that the objects at close are made from: another sink's, or one of our own beside the W&B run's files."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import suppress
+from pathlib import Path
+
+from diagnostics.records import RunInfo
+from diagnostics.runlog import FILE_NAME, RunLogWriter
+from diagnostics.sinks import Event
+from diagnostics.sinks.secrets import hide_in_info
+
+RUN_LOG = "run log"
+
+
+class History:
+    """Keeps what happened on disk, so that memory does not grow with the steps.
+
+    Args:
+        folder: Of the W&B run's files on this machine.
+        log: The run log that somebody else writes; None writes one into the folder.
+    """
+
+    def __init__(self, folder: Path, log: str | Path | None) -> None:
+        self._folder = folder
+        self._writer: RunLogWriter | None = None
+        self._ours = log is None
+        self._troubles: dict[str, str] = {}
+        self.log = None if log is None else Path(log)
+        """The file; None before the first event and where it cannot be written."""
+
+    def write(self, event: Event) -> None:
+        """Keeps an event; a disk that is full or read-only costs the objects at close, not the logging."""
+        if not self._ours:
+            return
+        try:
+            if self._writer is None:
+                self._writer = self._open()
+                self.log = self._writer.path
+            self._writer.write(hide_in_info(event) if isinstance(event, RunInfo) else event)
+        except OSError as error:
+            self.close()
+            self._ours, self.log = False, None
+            self._troubles[RUN_LOG] = f"{type(error).__name__}: {error}"
+
+    def close(self) -> dict[str, str]:
+        """Closes a log of our own; what went wrong with it."""
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer = None
+        return dict(self._troubles)
+
+    def _open(self) -> RunLogWriter:
+        """A second Monitor in the same run writes into ``run_2``, and so on."""
+        places = (self._folder / f"run_{number}" for number in itertools.count(2))
+        for folder in itertools.chain([self._folder], places):
+            with suppress(FileExistsError):
+                return RunLogWriter(folder / FILE_NAME)
+        raise AssertionError  # for type checkers: there are places without end
