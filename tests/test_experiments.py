@@ -137,7 +137,7 @@ def test_wandb_s_own_agent_starts_the_runs_of_the_sweep_that_wandb_s_own_command
             assert (run.bucket["sweep"], run.exit_code) == ("sweep1", 0)
             assert run.summary["eval/loss"] > 0
             assert len(run.column("grad/total_norm")) == 3
-            assert [one.type for one in server.artifacts_of(run)] == ["run-log"]
+            assert "run-log" in [one.type for one in server.artifacts_of(run)]
 
 
 @pytest.mark.parametrize(

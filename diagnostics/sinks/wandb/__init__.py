@@ -92,7 +92,7 @@ class WandbSink:
         self._media, self._upload = media, upload_run_log
         wanted = (media or upload_run_log) and not getattr(run, "disabled", False)
         # Not into run.dir itself, of which W&B uploads every file.
-        self._history = History(Path(run.dir).parent, run_log) if wanted else None
+        self._history = History(Path(run.dir).absolute().parent, run_log) if wanted else None
         self._defined: set[str] = set()
         self._recorded: dict[str, int] = {}
         self._written: set[str] = set()

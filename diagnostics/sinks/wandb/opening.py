@@ -95,7 +95,7 @@ def open_run(
         group=group,
         notes=notes,
         config=hide_secrets({**(config or {}), **sweep}),
-        dir=str(directory),
+        dir=str(Path(directory).absolute()),  # W&B's own process, which jobs share, may have started elsewhere
         mode=mode,
     )
     failed = True
