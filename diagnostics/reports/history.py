@@ -13,7 +13,7 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from diagnostics.records import DepthFit, Layer, StepRecord
+from diagnostics.records import WARNING, DepthFit, Diagnosis, Layer, StepRecord
 
 BY_STEP = ("loss", "clip.total_norm", "clip.total_norm_after", "clip.clip_coef", "clip.threshold", "clip.clip_fraction")
 """Numbers of a step, as paths into a StepRecord; ``loss`` and ``clip.…``."""
@@ -66,6 +66,7 @@ class History:
         numel: Elements of each layer's output at the last step that has them, [D]; 0 where unknown.
         rule: The clip rule of the last step.
         norm_type: Its p.
+        sick: Whether a diagnosis at warning or above stood at the step, bool [S].
     """
 
     optimizer: str
@@ -79,6 +80,7 @@ class History:
     numel: NDArray[np.int64]
     rule: str
     norm_type: float
+    sick: NDArray[np.bool_]
 
 
 def histories(records: Iterable[StepRecord]) -> dict[str, History]:
@@ -125,7 +127,18 @@ def _history(optimizer: str, records: Sequence[StepRecord]) -> History:
         numel,
         clip.rule,
         clip.norm_type,
+        _sick([record.step for record in records], [one for record in records for one in record.diagnoses]),
     )
+
+
+def _sick(steps: Sequence[int], diagnoses: Iterable[Diagnosis]) -> NDArray[np.bool_]:
+    """At which steps a diagnosis at warning or above stood; each in its last state, from onset until it cleared."""
+    numbers = np.array(steps, np.int64)
+    found = np.zeros(len(steps), bool)
+    for one in {(one.condition, one.step): one for one in diagnoses}.values():
+        if one.severity >= WARNING:
+            found |= (numbers >= one.step) & (numbers < (math.inf if one.cleared is None else one.cleared))
+    return found
 
 
 def _look(thing: object, path: str) -> float | None:
