@@ -103,8 +103,10 @@ WITHOUT_TORCH = (
     "second_opinion",
 )
 
+WANDB_PARTS = ("closing", "history", "opening", "place", "values")
 HOMES = {
-    "wandb": {"sinks.wandb", "sinks.wandb.closing", "sinks.wandb.opening", "sinks.wandb.values", "reports.wandb"},
+    "wandb": {"reports.wandb", "sinks.wandb", *(f"sinks.wandb.{part}" for part in WANDB_PARTS)},
+    "wandb_workspaces": {"reports.wandb.building"},
     "hydra": {"configs", "jobs", "cli"},  # jobs asks which job runs now, for our trainers and for other people's apps
     "omegaconf": {"configs", "jobs", "cli"},
     "matplotlib": {"reports.drawing", "reports.figures"},

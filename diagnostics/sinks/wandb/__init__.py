@@ -90,9 +90,8 @@ class WandbSink:
         self._every, self._profile_every = every, profile_every
         self._per_layer, self._own, self._alerts = per_layer, own, alerts
         self._media, self._upload = media, upload_run_log
-        wanted = (media or upload_run_log) and not getattr(run, "disabled", False)
-        # Not into run.dir itself, of which W&B uploads every file.
-        self._history = History(Path(run.dir).absolute().parent, run_log) if wanted else None
+        wanted = media or upload_run_log or run_log is not None
+        self._history = History(run, run_log) if wanted and not getattr(run, "disabled", False) else None
         self._defined: set[str] = set()
         self._recorded: dict[str, int] = {}
         self._written: set[str] = set()

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.records import SEVERITY_NAMES, DiagnosticsWarning, StepRecord
-from diagnostics.runlog import Event, Run, RunLogWriter, read_run
+from diagnostics.runlog import FILE_NAME, Event, Run, RunLogWriter, read_run
 from diagnostics.sinks.secrets import hide_in_info
 from diagnostics.sinks.wandb.values import within
 
@@ -98,7 +98,7 @@ def _upload(run: wandb.Run, read: Run) -> None:
 
     verdict = {} if read.verdict is None else {"verdict": read.verdict.condition, "severity": read.verdict.severity}
     artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", f"{ARTIFACT}-{run.id}"), type=ARTIFACT, metadata=verdict)
-    artifact.add_file(str(read.path), name=read.path.name)
+    artifact.add_file(str(read.path), name=FILE_NAME)
     run.log_artifact(artifact)
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diagnostics.records import RunInfo
 from diagnostics.runlog import FILE_NAME, RunLogWriter
 from diagnostics.sinks import Event
 from diagnostics.sinks.secrets import hide_in_info
+from diagnostics.sinks.wandb.place import place_of
+
+if TYPE_CHECKING:
+    import wandb
 
 RUN_LOG = "run log"
 
@@ -18,12 +23,13 @@ class History:
     """Keeps what happened on disk, so that memory does not grow with the steps.
 
     Args:
-        folder: Of the W&B run's files on this machine.
-        log: The run log that somebody else writes; None writes one into the folder.
+        run: The W&B run.
+        log: The run log that somebody else writes; None writes one beside the files of the W&B run.
     """
 
-    def __init__(self, folder: Path, log: str | Path | None) -> None:
-        self._folder = folder
+    def __init__(self, run: wandb.Run, log: str | Path | None) -> None:
+        self._run = run
+        self._placed = False
         self._writer: RunLogWriter | None = None
         self._ours = log is None
         self._troubles: dict[str, str] = {}
@@ -32,13 +38,15 @@ class History:
 
     def write(self, event: Event) -> None:
         """Keeps an event; a disk that is full or read-only costs the objects at close, not the logging."""
-        if not self._ours:
-            return
         try:
-            if self._writer is None:
-                self._writer = self._open()
-                self.log = self._writer.path
-            self._writer.write(hide_in_info(event) if isinstance(event, RunInfo) else event)
+            if self._ours:
+                if self._writer is None:
+                    self._writer = self._open()
+                    self.log = self._writer.path
+                self._writer.write(hide_in_info(event) if isinstance(event, RunInfo) else event)
+            if self.log is not None and not self._placed:
+                self._placed = True
+                place_of(self._run, self.log).write(self.log)
         except OSError as error:
             self.close()
             self._ours, self.log = False, None
@@ -54,8 +62,9 @@ class History:
 
     def _open(self) -> RunLogWriter:
         """A second Monitor in the same run writes into ``run_2``, and so on."""
-        places = (self._folder / f"run_{number}" for number in itertools.count(2))
-        for folder in itertools.chain([self._folder], places):
+        files = Path(self._run.dir).absolute().parent  # not run.dir itself, of which W&B uploads every file
+        places = (files / f"run_{number}" for number in itertools.count(2))
+        for folder in itertools.chain([files], places):
             with suppress(FileExistsError):
                 return RunLogWriter(folder / FILE_NAME)
         raise AssertionError  # for type checkers: there are places without end
