@@ -203,6 +203,14 @@ def test_without_an_account_or_an_answer_one_sentence_is_said_and_nobody_is_aske
     assert said.endswith("); run `wandb login` if you have not.")
 
 
+def test_a_person_who_is_offline_on_purpose_is_taken_at_his_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(ConnectionError, match="^WANDB_MODE=offline forbids to ask W&B; unset it.$"):
+        fetch("wandb:me/digits/a", tmp_path)
+
+
 @pytest.mark.parametrize("place", ["wandb:digits", "wandb:me/digits", "wandb:me//a", "wandb:me/digits/a/b"])
 def test_a_place_that_is_not_named_in_full_is_refused(place: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="A place in W&B is wandb:entity/project/group; got 'wandb:"):

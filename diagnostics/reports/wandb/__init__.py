@@ -92,7 +92,7 @@ def _api() -> wandb.Api:
     hint = "run `wandb login` if you have not"
     mode = os.environ.get("WANDB_MODE", "online")
     if mode not in ("online", "shared"):
-        raise ConnectionError(f"WANDB_MODE={mode} forbids to ask W&B.")
+        raise ConnectionError(f"WANDB_MODE={mode} forbids to ask W&B; unset it.")
     with suppress(TypeError):  # versions that ask at a terminal whoever is not logged in
         if not wandb.login(prompt=False, verify=False):
             raise ConnectionError(f"W&B knows no account here; {hint}.")
