@@ -321,8 +321,7 @@ def open_sinks(
 
         print(describe(run))
         options = {key: value for key, value in sinks["wandb"].items() if key not in OF_THE_RUN}
-        run_log = place.directory / sinks["runlog"]["path"] if sinks["runlog"] else None
-        yield [*opened, WandbSink(run, own=True, run_log=run_log, **options)], run.log
+        yield [*opened, WandbSink(run, own=True, **options)], run.log
 
 
 def _wandb_run(options: Mapping[str, Any], info: RunInfo, place: Job) -> AbstractContextManager[Any]:

@@ -25,6 +25,7 @@ from diagnostics.reports.fleet import Fleet, Separation, Summary, assemble, flat
 from diagnostics.reports.wandb import building, fetch, publish, specification, sync_command
 from diagnostics.reports.wandb.building import _literal
 from diagnostics.reports.wandb.markdown import verdicts
+from diagnostics.sinks.fanout import Fanout
 from diagnostics.sinks.wandb import WandbSink, open_run
 from diagnostics.sinks.wandb.place import Place, read_place
 
@@ -73,13 +74,10 @@ def job(folder: Path, number: int, values: dict[str, Any], mode: str, **options:
     with open_run(
         project="digits", name=name, group=GROUP, multirun=GROUP, config=config, directory=folder, mode=mode
     ) as run:
-        sinks = [log, WandbSink(run, own=True, run_log=log.path, media=False, **options)]
+        sinks = Fanout([log, WandbSink(run, own=True, media=False, **options)])
         info = RunInfo(name, overrides=tuple(name.split(" ")), config=config, seed=0)
-        for event in (info, *map(record, range(3)), END):
-            for sink in sinks:
-                sink.write(event)
-        for sink in sinks:
-            sink.close()
+        failed = [one for event in (info, *map(record, range(3)), END) for one in sinks.write(event)]
+        assert not [*failed, *sinks.close()]
 
 
 def sweep(folder: str, mode: str) -> None:
@@ -207,7 +205,7 @@ def test_a_person_who_is_offline_on_purpose_is_taken_at_his_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with pytest.raises(ConnectionError, match="^WANDB_MODE=offline forbids to ask W&B; unset it.$"):
+    with pytest.raises(ConnectionError, match=r"^WANDB_MODE=offline forbids to ask W&B; unset it\.$"):
         fetch("wandb:me/digits/a", tmp_path)
 
 

@@ -384,7 +384,7 @@ def train(sinks: list[Any], steps: int = 12) -> Monitor:
 def test_the_run_log_of_another_sink_is_taken_with_its_end_whichever_closes_first(first: str, tmp_path: Path) -> None:
     with wandb.init(mode="offline", dir=str(tmp_path), settings=wandb.Settings(silent=True, console="off")) as run:
         log = RunLogSink(tmp_path / "log")
-        ours = WandbSink(run, run_log=log.path, media=False)
+        ours = WandbSink(run, media=False)
         train([log, ours] if first == "run log" else [ours, log])
     folder = Path(run.dir).parent
     assert not (folder / "run.jsonl").exists()

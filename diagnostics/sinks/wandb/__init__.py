@@ -55,7 +55,6 @@ class WandbSink:
         upload_run_log: Whether to leave the run log at close.
         alerts: Whether to send an alert, by ``run.alert``, when a condition is first found to be severe; one for each
             condition, and W&B passes on at most one of a condition in ten minutes.
-        run_log: The run log that another sink of the same Monitor writes; None writes one beside the run's files.
 
     Raises:
         ValueError: No run is active, or a number is out of range.
@@ -79,7 +78,6 @@ class WandbSink:
         media: bool = True,
         upload_run_log: bool = True,
         alerts: bool = True,
-        run_log: str | Path | None = None,
     ) -> None:
         run = active_run() if run is None else run
         if run is None:
@@ -90,8 +88,8 @@ class WandbSink:
         self._every, self._profile_every = every, profile_every
         self._per_layer, self._own, self._alerts = per_layer, own, alerts
         self._media, self._upload = media, upload_run_log
-        wanted = media or upload_run_log or run_log is not None
-        self._history = History(run, run_log) if wanted and not getattr(run, "disabled", False) else None
+        kept = not getattr(run, "disabled", False)
+        self._history = History(run, keep=media or upload_run_log) if kept else None
         self._defined: set[str] = set()
         self._recorded: dict[str, int] = {}
         self._written: set[str] = set()
@@ -99,6 +97,14 @@ class WandbSink:
         self._step = 0
         for prefix in PREFIXES if own else ():
             run.define_metric(f"{prefix}/*", step_metric=STEP)
+
+    def share_run_log(self, path: Path) -> None:
+        """Tells the sink, before its first event, of a run log that another sink of the same Monitor writes.
+
+        A Monitor does so by itself. A sink that is not told writes one of its own, beside the files of the W&B run.
+        """
+        if self._history is not None:
+            self._history.share(path)
 
     def write(self, event: Event) -> None:
         """Logs a step, describes the run in its config, writes the verdict into its summary."""
@@ -117,7 +123,7 @@ class WandbSink:
         if history is None:
             return
         troubles = history.close()
-        if history.log is not None:
+        if history.log is not None and (self._media or self._upload):
             troubles |= leave(self._run, history.log, self._leave, media=self._media, upload=self._upload)
             if self._own:
                 self._run.log({STEP: self._step})  # the row ends here, before a value of the caller's joins it

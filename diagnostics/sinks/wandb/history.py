@@ -24,26 +24,28 @@ class History:
 
     Args:
         run: The W&B run.
-        log: The run log that somebody else writes; None writes one beside the files of the W&B run.
+        keep: Whether a log is wanted for the close: if no other sink writes one, it is written beside the run's files.
     """
 
-    def __init__(self, run: wandb.Run, log: str | Path | None) -> None:
+    def __init__(self, run: wandb.Run, *, keep: bool) -> None:
         self._run = run
+        self._ours = keep
         self._placed = False
         self._writer: RunLogWriter | None = None
-        self._ours = log is None
         self._troubles: dict[str, str] = {}
-        self.log = None if log is None else Path(log)
-        """The file; None before the first event and where it cannot be written."""
+        self.log: Path | None = None
+        """The file; None before the first event, and where there is none."""
+
+    def share(self, log: Path) -> None:
+        """Takes the log that another sink writes."""
+        if self._writer is None:
+            self._ours, self.log = False, log
 
     def write(self, event: Event) -> None:
         """Keeps an event; a disk that is full or read-only costs the objects at close, not the logging."""
         try:
             if self._ours:
-                if self._writer is None:
-                    self._writer = self._open()
-                    self.log = self._writer.path
-                self._writer.write(hide_in_info(event) if isinstance(event, RunInfo) else event)
+                self._keep(event)
             if self.log is not None and not self._placed:
                 self._placed = True
                 place_of(self._run, self.log).write(self.log)
@@ -51,6 +53,12 @@ class History:
             self.close()
             self._ours, self.log = False, None
             self._troubles[RUN_LOG] = f"{type(error).__name__}: {error}"
+
+    def _keep(self, event: Event) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+            self.log = self._writer.path
+        self._writer.write(hide_in_info(event) if isinstance(event, RunInfo) else event)
 
     def close(self) -> dict[str, str]:
         """Closes a log of our own; what went wrong with it."""
