@@ -136,7 +136,8 @@ def program(folder: Path, url: str | None, *arguments: str) -> subprocess.Comple
 
 
 def python(folder: Path, url: str | None, code: str, *arguments: str) -> list[str]:
-    return program(folder, url, sys.executable, "-c", code, *arguments).stdout.splitlines()
+    hangs = "import faulthandler; faulthandler.dump_traceback_later(90, exit=True)\n"  # and says where
+    return program(folder, url, sys.executable, "-c", hangs + code, *arguments).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
