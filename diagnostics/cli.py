@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from diagnostics.trainers.tasks import Task
 
 OURS = ("diagnostics", "torch")  # what a `_target_` may name where trusted_packages adds nothing
+OF_THE_RUN = ("project", "mode", "wandb_group", "notes")  # of sink.wandb's keys; the others are WandbSink's own
 # Errors that say in one sentence what a person has to know: where in the code they arose is of no interest.
 SAID = (ConfigurationError, ContractError, DiagnosisError, NonFiniteGradientError, ConnectionError)
 WANTS_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # Hydra's own switch, read before we set it
@@ -310,9 +311,11 @@ def open_sinks(
         if run is None:
             yield opened, lambda _values: None
             return
-        from diagnostics.sinks.wandb import WandbSink
+        from diagnostics.sinks.wandb import WandbSink, describe
 
-        yield [*opened, WandbSink(run, per_layer=sinks["wandb"]["per_layer"], own=True)], run.log
+        print(describe(run))
+        options = {key: value for key, value in sinks["wandb"].items() if key not in OF_THE_RUN}
+        yield [*opened, WandbSink(run, own=True, **options)], run.log
 
 
 def _wandb_run(options: Mapping[str, Any], info: RunInfo, place: Job) -> AbstractContextManager[Any]:
@@ -323,6 +326,7 @@ def _wandb_run(options: Mapping[str, Any], info: RunInfo, place: Job) -> Abstrac
         name=info.name,
         group=options["wandb_group"] or place.group,
         notes=options["notes"],
+        multirun=place.group,
         config=info.config,
         directory=place.shared,
         mode=options["mode"],

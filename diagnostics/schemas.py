@@ -278,7 +278,11 @@ class WandbSinkConfig:
     mode: WandbMode = MISSING
     wandb_group: str | None = None
     notes: str | None = None
+    profile_every: int = MISSING
     per_layer: bool = MISSING
+    media: bool = MISSING
+    upload_run_log: bool = MISSING
+    alerts: bool = MISSING
 
 
 @dataclass
@@ -341,6 +345,9 @@ class MonitorWandbConfig:
     every: int = 1
     profile_every: int = 10
     per_layer: bool = False
+    media: bool = True
+    upload_run_log: bool = True
+    alerts: bool = True
 
 
 @dataclass

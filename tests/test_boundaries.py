@@ -55,6 +55,8 @@ ORDER = (
 TO_THE_RIGHT = {
     ("runlog", "reports.figures"): "Run.plot(): people ask a run for its picture; figures know run logs",
     ("monitor", "reports.figures"): "Monitor.plot(): likewise",
+    ("sinks.wandb.closing", "reports.figures"): "W&B gets a run's heatmap when the run ends",
+    ("sinks.wandb.closing", "reports.page"): "and its page",
 }
 """Imports against the order: inside a function, each with its reason."""
 
@@ -114,8 +116,10 @@ WITHOUT_TORCH = (
     "second_opinion",
 )
 
+WANDB_PARTS = ("closing", "history", "opening", "place", "values")
 HOMES = {
-    "wandb": {"sinks.wandb", "reports.wandb"},
+    "wandb": {"reports.wandb", "sinks.wandb", *(f"sinks.wandb.{part}" for part in WANDB_PARTS)},
+    "wandb_workspaces": {"reports.wandb.building"},
     "hydra": {"configs", "jobs", "cli"},  # jobs asks which job runs now, for our trainers and for other people's apps
     "omegaconf": {"configs", "jobs", "cli"},
     "vl_convert": {"reports.drawing", "reports.page"},
@@ -470,7 +474,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_warnings_are_errors(pytestconfig: pytest.Config) -> None:
-    assert pytestconfig.getini("filterwarnings") == ["error"]
+    first, ours_not = pytestconfig.getini("filterwarnings")
+    assert first == "error"
+    assert ours_not.startswith("ignore:Implicitly cleaning up")  # W&B's own folders
     with pytest.raises(UserWarning, match="as an error"):
         warnings.warn("as an error", UserWarning, stacklevel=1)
 

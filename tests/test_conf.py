@@ -191,7 +191,7 @@ COMPOSITION = {
     "model.depht=4": "model.depht is not a key of the configuration; did you mean model.depth?",
     "+model.depht=4": "model.depht is not a key of the configuration; did you mean model.depth?",
     "sink.wandb.typo=1": "sink.wandb.typo is not a key of the configuration; "
-    "sink.wandb has project, mode, wandb_group, notes, per_layer.",
+    "sink.wandb has project, mode, wandb_group, notes, profile_every, per_layer, media, upload_run_log, alerts.",
     "trainer.steps=abc": "trainer.steps must be a whole number; got 'abc'.",
     "trainer.steps=1.5": "trainer.steps must be a whole number; got 1.5.",
     "clip.max_norm=abc": "clip.max_norm must be a number; got 'abc'.",

@@ -132,10 +132,12 @@ def test_wandb_s_own_agent_starts_the_runs_of_the_sweep_that_wandb_s_own_command
         for log, chosen in zip(logs, (first, last), strict=True):
             expected = {f"{key}={value}" for key, value in chosen.items()}
             assert expected | {"trainer.steps=3", "sink.wandb.mode=online"} == set(log.info.overrides)
-        assert server.bucket["sweep"] == "sweep1"
-        assert server.exit_code == 0
-        assert server.summary["eval/loss"] > 0
-        assert sum("grad/total_norm" in row for row in server.rows) == 6
+        assert len(server.runs) == 2
+        for run in server.runs.values():
+            assert (run.bucket["sweep"], run.exit_code) == ("sweep1", 0)
+            assert run.summary["eval/loss"] > 0
+            assert len(run.column("grad/total_norm")) == 3
+            assert "run-log" in [one.type for one in server.artifacts_of(run)]
 
 
 @pytest.mark.parametrize(

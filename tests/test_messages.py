@@ -31,6 +31,7 @@ from diagnostics import (
     watch,
 )
 from diagnostics.records import DiagnosticsWarning
+from diagnostics.reports.wandb import fetch
 
 PACKAGE = Path(__file__).parent.parent / "diagnostics"
 PINNED_MODULES = (
@@ -46,10 +47,18 @@ PINNED_MODULES = (
     "monitor/guarding",
     "first_pass",
     "sinks/fanout",
-    "sinks/wandb",
+    "sinks/wandb/__init__",
+    "sinks/wandb/opening",
+    "reports/wandb/__init__",
 )
 ELSEWHERE = {
     "W&B could not start": "takes a server that refuses",
+    "WANDB_MODE=": "test_reports_wandb.py sets it; likewise for the next five",
+    "W&B knows no account here": "takes a machine without one",
+    "W&B did not answer": "takes a server that does not",
+    "There is no ": "takes a server that knows no such project",
+    "No run of group": "takes a server that knows no such group",
+    "W&B did not take it": "takes a server that refuses a Report",
     "The model is not healthy before training": "says what a diagnosis says; test_preflight.py reads it",
 }
 """Sentences of these modules that cannot be had here."""
@@ -395,6 +404,11 @@ CASES: dict[str, Case] = {
         lambda: WandbSink(object(), every=0),
         ValueError,
         "every must be at least 1 and profile_every at least 0; got 0 and 10.",
+    ),
+    "a place in W&B": (
+        lambda: fetch("wandb:me/digits", "."),
+        ValueError,
+        "A place in W&B is wandb:entity/project/group; got 'wandb:me/digits'.",
     ),
     # models and optimizers
     "model": (

@@ -33,6 +33,8 @@ def payloads(data: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
         position += RECORD_HEADER
+        if position + length > len(data):
+            return  # still being written
         parts += data[position : position + length]
         position += length
         if kind in (FULL, LAST):

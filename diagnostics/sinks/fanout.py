@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from diagnostics.sinks import Event, Sink
 from diagnostics.sinks.console import ConsoleSink
+from diagnostics.sinks.runlog import RunLogSink
+from diagnostics.sinks.wandb import WandbSink, active_run
 
 
 class Fanout:
@@ -33,6 +34,10 @@ class Fanout:
         if len(self._sinks) < len(given):
             wrong = next(sink for sink in given if not isinstance(sink, Sink))
             raise TypeError(f"sinks must be 'auto' or a list of objects with write and close; got {wrong!r}.")
+        for log in [sink.path for sink in self._sinks if isinstance(sink, RunLogSink)][:1]:
+            for sink in self._sinks:
+                if isinstance(sink, WandbSink):
+                    sink.share_run_log(log)
 
     def write(self, event: Event) -> list[str]:
         """Hands the event on; returns a sentence for each sink that failed and was switched off."""
@@ -58,9 +63,6 @@ class Fanout:
 
 def _automatic() -> list[Sink]:
     sinks: list[Sink] = [ConsoleSink()]
-    if "wandb" in sys.modules:
-        from diagnostics.sinks.wandb import WandbSink, active_run  # noqa: PLC0415 -- only where wandb is loaded
-
-        if active_run() is not None:
-            sinks.append(WandbSink())
+    if active_run() is not None:
+        sinks.append(WandbSink())
     return sinks

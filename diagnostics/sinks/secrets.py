@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from diagnostics.records import RunInfo
 
 HIDDEN = "(hidden)"
 _SECRET = {"password", "passwords", "passwd", "pwd", "passphrase", "secret", "secrets", "credential", "credentials"}
@@ -89,6 +93,30 @@ def hide_in_line(line: str) -> str:
         arguments = line.split()
     hidden = hide_in_arguments(arguments)
     return line if hidden == arguments else " ".join(hidden)
+
+
+def hide_in_info(info: RunInfo) -> RunInfo:
+    """The same for where a run comes from; equal to what was given if there is nothing to hide.
+
+    Example:
+        >>> hide_in_info(RunInfo("mlp", command="train.py api_key=0f", config={"api_key": "0f"})).config
+        {'api_key': '(hidden)'}
+    """
+    hidden = replace(
+        info,
+        name=hide_in_line(info.name),
+        command=hide_in_line(info.command),
+        overrides=tuple(hide_in_arguments(info.overrides)),
+        config=hide_secrets(info.config),
+        git=hide_secrets(info.git),
+    )
+    return info if _text(hidden) == _text(info) else hidden
+
+
+def _text(info: RunInfo) -> str:
+    """All that may hold a secret; as text, in which a tuple is a list and NaN is equal to itself."""
+    parts = (info.name, info.command, info.overrides, info.config, info.git)
+    return json.dumps(parts, default=lambda value: dict(value) if isinstance(value, Mapping) else str(value))
 
 
 def _number_or_text(text: str) -> float | str:
