@@ -15,7 +15,8 @@ name@k``, the parameters standing at the first. A parameter whose owner is never
   model is taken for a branch, and inside it only the first call of a module that is called several times is seen.
 - Several forwards in one step (micro-batches, a GAN) merge call by call.
 - ``autograd.grad``, passes without grad and passes of a copy of the model do not count.
-- Inside a compiled model no layer is called, so output gradients are not seen; the Monitor says so once.
+- A compiled model is what it is without, if the Monitor came before its first call and its whole forward is one graph
+  (hooks/compiled.py). Else output gradients are not seen, and where there are none at all the Monitor says so once.
 - Which layers the fit over depth follows, and where layers stand that run side by side, is trunk.py's to say.
 """
 
