@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from diagnostics.clipping.rules import ClipRule
     from diagnostics.monitor import Monitor
+    from diagnostics.second_opinion import SecondOpinion
     from diagnostics.sinks import Sink
     from diagnostics.trainers.settings import TrainerSettings
     from diagnostics.trainers.tasks import Task
@@ -144,6 +145,7 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
         ConfigurationError: A value that only the objects themselves can refuse; before a step and before a W&B run.
     """
     from diagnostics.monitor import Monitor
+    from diagnostics.second_opinion import append
     from diagnostics.sinks.console import say
     from diagnostics.trainers import loop
     from diagnostics.trainers.provenance import describe_run
@@ -179,15 +181,17 @@ def run(settings: Mapping[str, Any], place: Job) -> float:
         shown = ", ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
         print(f"{info.name}: {shown} after {steps} steps")
         if settings["diagnostics"]["second_opinion"] and monitor.verdict().severity >= WARNING:
-            _ask_again(place, monitor, steps)
+            opinion = _ask_again(place, monitor, steps)
+            if settings["sink"]["runlog"]:
+                append(place.directory / settings["sink"]["runlog"]["path"], opinion)
         return objective(parts.trainer.objective, evaluation, monitor.verdict().condition)
     finally:
         if settings["sink"]["runlog"] and not place.group:  # a sweep has one page for all of its jobs
             _print_page(place.directory / settings["sink"]["runlog"]["path"], place.directory / PAGE)
 
 
-def _ask_again(place: Job, monitor: Monitor, steps: int) -> None:
-    """Prints what each remedy of a sick run makes of it."""
+def _ask_again(place: Job, monitor: Monitor, steps: int) -> SecondOpinion:
+    """Tries each remedy of a sick run, and prints what it makes of it."""
     from diagnostics.monitor import Monitor
     from diagnostics.second_opinion import Outcome, accuracy_at, brief, second_opinion
     from diagnostics.trainers import loop
@@ -205,8 +209,8 @@ def _ask_again(place: Job, monitor: Monitor, steps: int) -> None:
 
     condition = monitor.verdict().condition
     remedies = next(one.remedies for one in monitor.diagnoses if one.condition == condition and one.cleared is None)
-    for line in second_opinion(condition, remedies, rerun, accuracy_at(monitor.records, steps), steps):
-        print(line, flush=True)
+    accuracy = accuracy_at(monitor.records, steps)
+    return second_opinion(condition, remedies, rerun, accuracy=accuracy, steps=steps, say=partial(print, flush=True))
 
 
 def assemble(settings: Mapping[str, Any]) -> Parts:

@@ -232,6 +232,8 @@ class ThresholdsConfig:
     clear: int = MISSING
     lasting_share: float = MISSING
     recovered_loss: float = MISSING
+    standing_share: float = MISSING
+    standing_steps: int = MISSING
 
 
 @dataclass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from diagnostics.records import WARNING, Remedy, StepRecord, Verdict
+from diagnostics.runlog import log_file
 
 SHARE = 3
 """The reruns take one in so many of the run's steps."""
@@ -13,6 +17,8 @@ FEWEST = 50
 HEALED = 0.5
 """By outcome healed is what makes at most this share of the sick run's mistakes after the same number of steps."""
 ACCURACY = "eval/accuracy"
+_KIND = "second_opinion"
+_LONGEST = 1 << 16  # bytes of the last line of a log
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,49 @@ class Outcome:
 
     accuracy: float
     verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A sick run, again and briefly with one of its remedies.
+
+    Attributes:
+        override: The remedy.
+        accuracy: On the held-out examples.
+        condition: The verdict's.
+        healed: Whether outcome and verdict both say so.
+    """
+
+    override: str
+    accuracy: float
+    condition: str
+    healed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SecondOpinion:
+    """What each remedy makes of a sick run.
+
+    Attributes:
+        condition: What the run suffers from.
+        steps: Of each trial.
+        accuracy: The sick run's after as many steps.
+        trials: One for each remedy that has an override, in the order in which they were named.
+
+    Example:
+        >>> SecondOpinion("vanishing", 200, 0.1, (Trial("a=1", 0.7, "healthy", True),)).best
+        'a=1'
+    """
+
+    condition: str
+    steps: int
+    accuracy: float
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> str | None:
+        """The override that heals best; None where none does."""
+        return max(((one.accuracy, one.override) for one in self.trials if one.healed), default=(0.0, None))[1]
 
 
 def brief(steps: int) -> int:
@@ -52,8 +101,14 @@ def accuracy_at(records: Sequence[StepRecord], steps: int) -> float:
 
 
 def second_opinion(
-    condition: str, remedies: Sequence[Remedy], rerun: Callable[[str], Outcome], accuracy: float, steps: int
-) -> Iterator[str]:
+    condition: str,
+    remedies: Sequence[Remedy],
+    rerun: Callable[[str], Outcome],
+    *,
+    accuracy: float,
+    steps: int,
+    say: Callable[[str], object],
+) -> SecondOpinion:
     """Tries every remedy that has an override.
 
     Args:
@@ -62,24 +117,49 @@ def second_opinion(
         rerun: Runs the same with an override for ``steps`` steps.
         accuracy: The sick run's after as many steps.
         steps: Of each rerun.
-
-    Yields:
-        A heading, a line for each remedy as soon as it is known, and which one heals.
+        say: Told a heading, a line for each remedy as soon as it is known, and which one heals.
     """
-    tried = [remedy for remedy in remedies if remedy.override]
-    if not tried:
-        yield f"second opinion on {condition}: no remedy has an override that could be tried."
-        return
-    yield f"second opinion on {condition}, {steps} steps each; without a remedy: accuracy {accuracy:.2f}"
-    healing = []
-    for remedy in tried:
-        assert remedy.override is not None
-        outcome = rerun(remedy.override)
+    tried = [remedy.override for remedy in remedies if remedy.override]
+    if tried:
+        say(f"second opinion on {condition}, {steps} steps each; without a remedy: accuracy {accuracy:.2f}")
+    trials = []
+    for override in tried:
+        outcome = rerun(override)
         by_outcome = 1 - outcome.accuracy <= HEALED * (1 - accuracy)
-        by_verdict = outcome.verdict.severity < WARNING
-        if by_outcome and by_verdict:
-            healing.append((outcome.accuracy, remedy.override))
-        word = "healed" if by_outcome and by_verdict else "not healed"
-        yield f"  {remedy.override}: {word}: accuracy {outcome.accuracy:.2f}, {outcome.verdict.condition}"
-    best = max(healing, default=None)
-    yield f"  best: {best[1]}" if best else "  none of them heals in so few steps."
+        healed = by_outcome and outcome.verdict.severity < WARNING
+        trials.append(Trial(override, outcome.accuracy, outcome.verdict.condition, healed))
+        word = "healed" if healed else "not healed"
+        say(f"  {override}: {word}: accuracy {outcome.accuracy:.2f}, {outcome.verdict.condition}")
+    opinion = SecondOpinion(condition, steps, accuracy, tuple(trials))
+    if not tried:
+        say(f"second opinion on {condition}: no remedy has an override that could be tried.")
+    else:
+        say(f"  best: {opinion.best}" if opinion.best else "  none of them heals in so few steps.")
+    return opinion
+
+
+def append(path: str | Path, opinion: SecondOpinion) -> None:
+    """Adds to the log of a run what its remedies made of it, after the run's end: only then is it asked.
+
+    Args:
+        path: The run log, or its folder.
+        opinion: On the run.
+    """
+    line = json.dumps({_KIND: asdict(opinion)}, separators=(",", ":"))
+    with log_file(path).open("a", encoding="ascii") as file:
+        file.write(f"{line}\n")
+
+
+def read_second_opinion(path: str | Path) -> SecondOpinion | None:
+    """What a run's remedies made of it, from its log; None where nobody asked.
+
+    Args:
+        path: The run log, or its folder.
+    """
+    with log_file(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST))
+        last = file.read().splitlines()[-1]
+    if not last.startswith(f'{{"{_KIND}":'.encode()):
+        return None
+    content = json.loads(last)[_KIND]
+    return SecondOpinion(**{**content, "trials": tuple(Trial(**trial) for trial in content["trials"])})

@@ -5,7 +5,10 @@ python scripts/outcomes.py judge   diagnoses the labelled runs from their logs: 
 python scripts/outcomes.py heal    trains sick runs with the first remedy of their diagnosis: healing.csv and healing.md
 
 With --held-out they do the same for held_out_cases.csv, with other seeds: configurations that no threshold and no
-remedy was chosen on. Their labels are in held_out.csv, the rest in held_out_agreement and held_out_healing.
+remedy was chosen on. Their labels are in held_out.csv, the rest in held_out_agreement and held_out_healing. Once their
+misses were looked at, --held-out second holds out others: second_held_out_cases.csv and so on.
+
+Run logs are kept: training happens once, and judging again, with other thresholds, takes seconds.
 """
 
 import argparse
@@ -62,12 +65,16 @@ def heal_runs(runs: Runs, table: Table) -> None:
     (TABLES / f"{table.healing}.md").write_text(healing_page(healings), encoding="utf-8")
 
 
+SECOND = Table(
+    "second_held_out_cases.csv", "second_held_out.csv", "second_held_out_agreement", "second_held_out_healing", (5, 6)
+)
+HELD_OUT_TABLES = {"first": HELD_OUT, "second": SECOND}
 STAGES = {"label": label_runs, "judge": judge_runs, "heal": heal_runs}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--logs", type=Path, default=Path("outputs/outcomes"), help="folder of the runs and their logs")
-    parser.add_argument("--held-out", action="store_true", help="the configurations held out")
+    parser.add_argument("--held-out", nargs="?", const="first", choices=HELD_OUT_TABLES, help="a set that is held out")
     arguments = parser.parse_args()
-    STAGES[arguments.stage](Runs(arguments.logs), HELD_OUT if arguments.held_out else CHOSEN_ON)
+    STAGES[arguments.stage](Runs(arguments.logs), HELD_OUT_TABLES.get(arguments.held_out, CHOSEN_ON))

@@ -538,6 +538,21 @@ def test_a_fused_layer_with_a_loss_at_its_last_step_is_measured_where_it_has_a_g
     assert one.gain > 0
 
 
+def test_the_gradient_at_a_fused_layers_results_says_nothing_of_its_recurrence():
+    """Why there is no profile over time: one that fades by decades per step looks like one that carries on."""
+    profiles = []
+    for scale in (1e-3, 1.0):
+        torch.manual_seed(0)
+        fused = nn.RNN(3, 5)
+        with torch.no_grad():
+            nn.init.orthogonal_(fused.weight_hh_l0).mul_(scale)
+        made, _ = fused(torch.randn(7, 2, 3))
+        made.retain_grad()
+        (made * torch.arange(70.0).view(7, 2, 5)).sum().backward()
+        profiles.append(made.grad)
+    assert torch.equal(*profiles)
+
+
 # ── the trunk ──
 
 

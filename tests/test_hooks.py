@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -320,24 +319,6 @@ def test_paused_notes_neither_passes_nor_steps(mlp):
         assert monitor.records == ()
         mlp(torch.randn(2, 4)).sum().backward()
         assert monitor.clip_and_step().backward_passes == 1
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_says_once_what_is_not_seen_and_how_to_see_it(mlp, backend):
-    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
-    x = torch.randn(2, 4)
-    with Monitor(mlp, optimizer, sinks=[], every=1) as monitor:
-        compiled = torch.compile(mlp, backend=backend, fullgraph=True)
-        for step in range(3):
-            optimizer.zero_grad()
-            compiled(x).square().sum().backward()
-            with pytest.warns(UserWarning, match="force_eager") if step == 0 else nullcontext():
-                record = monitor.clip_and_step()
-        assert all(one.output is None and one.weight.norm > 0 for one in record.layers)
-        optimizer.zero_grad()
-        with torch.compiler.set_stance("force_eager"):
-            compiled(x).square().sum().backward()
-        assert all(one.output.norm > 0 for one in monitor.clip_and_step().layers)
 
 
 def test_a_model_whose_layers_are_not_called_says_so(mlp):

@@ -56,6 +56,14 @@ def test_it_clears_once_the_loss_has_come_down():
     assert "made up for it" in found.message
 
 
+def test_a_loss_with_a_floor_recovers_by_the_share_that_its_task_names():
+    """A language model's: ln 256 at first, 3.16 by the frequencies of bytes alone, 1.75 in the end."""
+    learned, stuck = (run((100, True, 5.55), (200, False, loss)) for loss in (1.75, 3.16))
+    assert judged(learned).condition == "vanishing"
+    assert judged(learned, recovered_loss=0.5).condition == "healthy"
+    assert judged(stuck, recovered_loss=0.5).condition == "vanishing"
+
+
 def test_a_slope_that_took_less_than_a_tenth_of_the_run_is_forgiven_whatever_the_loss():
     assert judged(run((10, True, 2.3), (85, False, 2.3))).condition == "vanishing"
     assert judged(run((10, True, 2.3), (95, False, 2.3))).condition == "healthy"
@@ -76,7 +84,37 @@ def test_without_a_loss_that_has_a_ratio_the_end_of_the_slope_clears_it(loss):
 
 
 def test_a_notice_costs_nothing():
-    assert judged(run((100, True, 2.3), (10, False, 2.3), decades=2.0)).condition == "healthy"
+    assert judged(run((99, True, 2.3), (10, False, 2.3), decades=2.0)).condition == "healthy"
+    assert judged(run((200, True, 2.3), (5, False, 2.3), decades=2.0)).condition == "healthy"  # nor once it is gone
+
+
+@pytest.mark.parametrize(("decades", "condition"), [(2.0, "vanishing"), (-2.0, "exploding")])
+def test_a_notice_that_stands_for_most_of_the_run_while_the_loss_hardly_falls_is_a_warning(decades, condition):
+    assert judged(run((99, True, 2.3), decades=decades)).condition == "healthy"
+    found = judged(run((100, True, 2.3), (50, True, 1.2), decades=decades))
+    assert (found.condition, found.severity) == (condition, WARNING)
+    told = diagnose(run((100, True, 2.3), (50, True, 1.2), decades=decades))[0].message
+    assert told.endswith("It has stood for 150 of 150 steps, and the loss has come down from 2.3 to 1.2 only.")
+
+
+def test_it_is_a_notice_again_once_the_loss_has_come_down():
+    records = run((150, True, 2.3), (50, True, 0.5), decades=2.0)
+    assert judged(records[:150]).condition == "vanishing"
+    assert judged(records).condition == "healthy"
+
+
+def test_a_notice_that_was_there_for_less_than_half_of_the_run_or_without_a_loss_stays_one():
+    assert judged(run((60, False, 2.3), (1, True, 2.3), (60, False, 2.3), (58, True, 2.3), decades=2.0)).severity == 0
+    assert judged(run((200, True, None), decades=2.0)).severity == 0
+    assert judged(run((200, True, -1.0), decades=2.0)).severity == 0
+
+
+def test_from_when_on_a_notice_weighs_is_the_thresholds_to_say():
+    records = run((60, True, 2.3), decades=2.0)
+    assert judged(records).severity == 0
+    assert judged(records, standing_steps=50).severity == WARNING
+    late = run((60, False, 2.3), (60, True, 2.3), decades=2.0)
+    assert judged(late, standing_share=0.9).severity == 0
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans(), st.floats(0.01, 3)), min_size=1, max_size=5))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from diagnostics.configs import resolve
 from diagnostics.jobs import recompose
 from diagnostics.records import Remedy, Verdict
-from diagnostics.second_opinion import Outcome, second_opinion
+from diagnostics.runlog import read_run
+from diagnostics.second_opinion import Outcome, read_second_opinion, second_opinion
 
 HEALTHY, VANISHING = Verdict("healthy", 0, ""), Verdict("vanishing", 3, "")
 REMEDIES = [Remedy("one", "a=1"), Remedy("words"), Remedy("two", "b=2 c=3"), Remedy("three", "d=4")]
 
 
 def told(outcomes, accuracy=0.1):
-    return list(second_opinion("vanishing", REMEDIES, outcomes.__getitem__, accuracy, 200))
+    lines = []
+    second_opinion("vanishing", REMEDIES, outcomes.__getitem__, accuracy=accuracy, steps=200, say=lines.append)
+    return lines
 
 
 def test_what_heals_is_told_and_the_best_of_it():
@@ -33,7 +36,10 @@ def test_a_good_verdict_without_a_good_outcome_heals_nothing_nor_the_other_way_r
 
 
 def test_without_overrides_there_is_nothing_to_try():
-    (line,) = second_opinion("dead", [Remedy("words")], {}.__getitem__, 0.1, 50)
+    lines = []
+    opinion = second_opinion("dead", [Remedy("words")], {}.__getitem__, accuracy=0.1, steps=50, say=lines.append)
+    assert (opinion.trials, opinion.best) == ((), None)
+    (line,) = lines
     assert line.endswith("no remedy has an override that could be tried.")
 
 
@@ -56,6 +62,24 @@ def test_a_sick_run_is_asked_again_and_the_first_remedy_heals_it(start, capsys):
     assert len(lines) >= 5
 
 
+def test_the_run_log_keeps_what_healed(start, capsys, tmp_path):
+    start("model.activation=sigmoid", "model.depth=8", *(one for one in SHORT if one != "sink=[]"), "sink=[runlog]")
+    log = next(tmp_path.rglob("run.jsonl"))
+    run, opinion = read_run(log), read_second_opinion(log)
+    assert (opinion.condition, opinion.steps, run.end.verdict.condition) == ("vanishing", 200, "vanishing")
+    told = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for trial in opinion.trials:
+        word = "healed" if trial.healed else "not healed"
+        assert f"{trial.override}: {word}: accuracy {trial.accuracy:.2f}, {trial.condition}" in told
+    assert opinion.trials[0].healed
+    assert f"best: {opinion.best}" in told
+
+
 def test_a_healthy_run_is_not_asked_again(start, capsys):
     start("model.depth=3", *SHORT, "trainer.steps=20")
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_log_without_a_second_opinion_has_none(start, tmp_path):
+    start("model.depth=2", "trainer.steps=3", "sink=[runlog]")
+    assert read_second_opinion(next(tmp_path.rglob("run.jsonl"))) is None

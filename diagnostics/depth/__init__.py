@@ -10,12 +10,14 @@ name@k``, the parameters standing at the first. A parameter whose owner is never
 - A cell that is unrolled in time is one layer per step: the depth axis of a recurrent net is time.
 - A fused ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU`` is one layer, since the gradient between its steps stays inside of one
   kernel. What autograd shows is the loss's own gradient at every step's result; statistics are over the results that
-  have any, so that a loss at the last step alone does not look like a layer that is nearly dead.
+  have any, so that a loss at the last step alone does not look like a layer that is nearly dead. There is no profile
+  over time on purpose: with a loss at every step it would be flat for every recurrence, one that vanishes included.
 - A checkpointed segment is what it is without; one with ``use_reentrant=True`` hides its graph, so no layer of such a
   model is taken for a branch, and inside it only the first call of a module that is called several times is seen.
 - Several forwards in one step (micro-batches, a GAN) merge call by call.
 - ``autograd.grad``, passes without grad and passes of a copy of the model do not count.
-- Inside a compiled model no layer is called, so output gradients are not seen; the Monitor says so once.
+- A compiled model is what it is without, if the Monitor came before its first call and its whole forward is one graph
+  (hooks/compiled.py). Else output gradients are not seen, and where there are none at all the Monitor says so once.
 - Which layers the fit over depth follows, and where layers stand that run side by side, is trunk.py's to say.
 """
 

@@ -40,6 +40,14 @@ class Point(NamedTuple):
     fused: bool = False
 
 
+class TracedPass(NamedTuple):
+    """A forward pass that was traced, for all models that run its graph: which model's, its calls, and their trunk."""
+
+    root: int
+    calls: tuple[Call, ...]
+    trunk: Trunk
+
+
 @dataclass(slots=True)
 class _Pass:
     """One forward pass of a model: its calls, and what they read and made."""
@@ -75,6 +83,7 @@ class Forward:
         self._owners = owners
         self._passes = [_Pass() for _ in range(roots)]
         self._read: list[set[tuple[Call, ...]]] = [set() for _ in range(roots)]
+        self._adopted: set[tuple[int, tuple[Call, ...]]] = set()
         self._serial = 0
 
     def place(self, layer: Layer, call: Call) -> Layer:
@@ -140,6 +149,24 @@ class Forward:
                 yield from self._point(one, node, Role(STREAM, ends, one.attached[ends]))
             if not joins:
                 yield from self._streams(root, None, results)
+
+    def traced(self, root: int, result: Any) -> TracedPass:
+        """A forward that was only traced has ended; it has not run by that."""
+        for _ in self.ended(root, result):  # tells the tensors that are listened to whose residual stream they are
+            pass
+        one, self._passes[root] = self._passes[root], _Pass()
+        return TracedPass(root, tuple(one.trace), self.trunks[root])
+
+    def adopt(self, seen: TracedPass) -> None:
+        """Takes what a trace has shown, of this model or of an equal one whose compiled graph it shares."""
+        if (seen.root, seen.calls) not in self._adopted:
+            self._adopted.add((seen.root, seen.calls))
+            self.version += self.orders[seen.root].extend(seen.calls)
+            self.version += self.trunks[seen.root].take(seen.trunk)
+
+    def forget(self) -> None:
+        """The passes that have begun are not to count."""
+        self._passes = [_Pass() for _ in self._passes]
 
     def settle(self) -> None:
         """Every pass has ended."""

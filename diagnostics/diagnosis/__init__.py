@@ -19,6 +19,7 @@ from diagnostics.diagnosis.remedies import prescribe
 from diagnostics.diagnosis.thresholds import Thresholds
 from diagnostics.records import (
     NONFINITE,
+    NOTICE,
     SOLE_OPTIMIZER,
     WARNING,
     DepthFit,
@@ -48,12 +49,21 @@ Followed = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Track:
-    """One condition over time: its diagnosis, how severe the last records found it (0: they did not), and its worst."""
+    """One condition over time.
+
+    Attributes:
+        diagnosis: As it stands.
+        recent: How severe the last records found it; 0 if they did not.
+        peak: How severe it was at its worst.
+        cost: What it has cost.
+        weighs: Whether it is a notice that is a warning for having stood so long.
+    """
 
     diagnosis: Diagnosis
     recent: tuple[int, ...]
     peak: int = 0
     cost: Cost = field(default_factory=Cost)
+    weighs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +157,7 @@ def advance(state: State, record: StepRecord, thresholds: Thresholds) -> tuple[S
     memory = replace(memory, skips=memory.skips + 1 if record.skipped else 0)
     fit = (record.fit or fit_depth(record.layers)) if record.recorded else None
     standing = {
-        condition: track.diagnosis.severity
+        condition: NOTICE if track.weighs else track.diagnosis.severity
         for (optimizer, condition), track in state.tracks.items()
         if optimizer == record.optimizer and track.diagnosis.confirmed
     }
@@ -221,7 +231,8 @@ def _follow(
     """Confirmation, hysteresis and all-clear of one condition; None where there is nothing to follow.
 
     The severity rises to what the last ``confirm`` records all reached and falls to what the last ``clear`` records did
-    not exceed; while a slope's cost remains not below a warning. What has cleared is told by the worst that it was.
+    not exceed; while a slope's cost remains, or weighs, it is at least a warning. What has cleared is told by the worst
+    that it was.
     """
     level = found.severity if found else 0
     if track is None:
@@ -238,10 +249,13 @@ def _follow(
     latest = before if found is None else prescribe(found, None)
     if severity < WARNING <= before.severity and before.condition in LASTING and cost.remains(loss, thresholds):
         severity, latest = WARNING, cost.told(latest, loss)
+    weighs = severity == NOTICE and latest.condition in LASTING and cost.weighs(loss, thresholds)
+    if weighs:
+        severity, latest = WARNING, before if found is None else cost.weighed(latest, loss)
     peak = max(track.peak, severity if confirmed else 0)
     if severity == 0:
         return _Track(replace(cost.made_up(before), severity=peak, cleared=step), recent)
-    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent, peak, cost)
+    return _Track(replace(latest, step=before.step, confirmed=confirmed, severity=severity), recent, peak, cost, weighs)
 
 
 def _settled(before: Diagnosis, recent: Sequence[int], thresholds: Thresholds) -> tuple[bool, int]:

@@ -12,6 +12,7 @@ SHARES = (
     "clipped_coefficient",
     "lasting_share",
     "recovered_loss",
+    "standing_share",
 )
 """Those that are shares."""
 
@@ -42,7 +43,11 @@ class Thresholds:
         clear: Recorded steps in a row without it that clear it.
         lasting_share: Share of the steps so far for which a slope at warning or above must have stood so that its end
             alone does not clear it: the first layers have missed that part of the training.
-        recovered_loss: Share of the loss at the slope's end below which the loss must fall to clear such a slope.
+        recovered_loss: Share of the loss at the slope's end below which the loss must fall to clear such a slope; of
+            the loss at its onset, to leave a notice one.
+        standing_share: Share of the steps so far for which a notice of a slope must have stood to become a warning,
+            while the loss has not recovered.
+        standing_steps: Steps before which no notice has stood for long.
 
     Raises:
         ValueError: If the decades do not increase from a positive number, a share is not between 0 and 1, another
@@ -72,6 +77,8 @@ class Thresholds:
     clear: int = 3
     lasting_share: float = 0.1
     recovered_loss: float = 0.25
+    standing_share: float = 0.5
+    standing_steps: int = 100
 
     def __post_init__(self) -> None:
         if not 0 < self.notice_decades <= self.warning_decades <= self.severe_decades:
@@ -85,9 +92,9 @@ class Thresholds:
         for name in ("stalled_decades", "broken_decades", "still_ratio", "spike_decades", "spike_sigmas"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a positive number; got {getattr(self, name)}.")
-        for name in ("confirm", "clear"):
+        for name, unit in (("confirm", "recorded step"), ("clear", "recorded step"), ("standing_steps", "step")):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 recorded step; got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least 1 {unit}; got {getattr(self, name)}.")
         if not 0 <= self.hysteresis < 1:
             raise ValueError(f"hysteresis must be at least 0 and below 1; got {self.hysteresis}.")
         if self.history < 10:

@@ -11,7 +11,8 @@ Weight gradients are read at the step, since parameter hooks see them before all
 parameter hooks are for is to know which backward pass accumulated into which parameter, and what was left in ``.grad``
 when the pass began.
 
-Inside a compiled or scripted model there are no forward hooks: output gradients are not seen, weight gradients are.
+What a compiled model's graph is given in place of these hooks is in compiled.py. Inside a scripted one there are none:
+output gradients are not seen, weight gradients are.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from torch.utils.hooks import RemovableHandle
 from diagnostics import statistics
 from diagnostics.depth import Owner
 from diagnostics.depth.forward import Forward, Point, Role
+from diagnostics.hooks import compiled
 from diagnostics.hooks.callback import Hook as _Hook
 from diagnostics.hooks.callback import adding, has_closure, takes_hooks
 from diagnostics.hooks.callback import graph_task as _graph_task
 from diagnostics.hooks.graph import Leaves
 from diagnostics.hooks.marks import Marks, Spent, is_other, state
 from diagnostics.hooks.passes import BackwardPass, measured
+
+compiled.not_by_itself(_Hook.__call__)
 
 _NO_BACKWARD = -1
 
@@ -54,6 +58,7 @@ class Watcher:
         overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
         leaves: What the models' first forward passes used.
         failure: The exception that switched the Watcher off.
+        token: By which compiled graphs know the Watcher.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Watcher:
         self.overdue: Callable[[], Sequence[Any]] = tuple
         self.leaves = [Leaves() for _ in models]
         self.failure: Exception | None = None
+        self.token = compiled.enrol(self)
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
@@ -214,17 +220,18 @@ class Watcher:
     def _watch_forward(self, models: Mapping[str, nn.Module]) -> None:
         roots = [(root, model) for root, model in enumerate(models.values()) if takes_hooks(model)]
         for root, model in roots:
-            begins = _Hook(self, self._root_begins, root)
+            begins = _Hook(self, self._root_begins, root, compiled.root_begins, str(root))
             self._handles.append(model.register_forward_pre_hook(begins, with_kwargs=True))
         for index, owner in enumerate(self._owners):
             module = owner.module()
             if module is not None and takes_hooks(module):
                 self._watch_layer(index, module)
         for root, model in roots:
-            self._handles.append(model.register_forward_hook(_Hook(self, self._root_ends, root)))
+            ends = _Hook(self, self._root_ends, root, compiled.root_ends, str(root))
+            self._handles.append(model.register_forward_hook(ends))
 
     def _watch_layer(self, index: int, module: nn.Module) -> None:
-        after = _Hook(self, self._after_call, index)
+        after = _Hook(self, self._after_call, index, compiled.layer_called, str(index))
         self._on_layers[index] = module.register_forward_hook(after, with_kwargs=True)
 
     @property
@@ -249,13 +256,19 @@ class Watcher:
             elif not wanted:
                 self._on_layers[index].remove()
 
+    def is_traced(self, index: int) -> None:
+        """Hears that a layer's hook is being traced into a graph; it stays for the next time that this happens."""
+        self._eager.discard(index)
+
     def _root_begins(self, root: int, _module: nn.Module, *arguments: Any) -> None:
         self.leaves[root].begins(arguments)
+        compiled.begin(self, root)
         if self.recording and _graph_task() == _NO_BACKWARD:
             self._settle()
             self.forward.begin(root)
 
     def _after_call(self, index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        compiled.give_up(self)
         if not self.recording:
             return
         if index not in self._eager and self._owners[index].path:  # a whole model's hook has to stay before _root_ends
@@ -272,6 +285,7 @@ class Watcher:
 
     def _root_ends(self, root: int, _module: nn.Module, _args: Any, output: Any) -> None:
         self.leaves[root].ends(output)
+        compiled.end(self, root)
         if self.recording and _graph_task() == _NO_BACKWARD:
             for point in self.forward.ended(root, output):
                 self._listen(point)
@@ -292,6 +306,15 @@ class Watcher:
             self._on_leaves.pop().remove()
 
     # backward
+
+    def arrived(self, point: compiled.Listened, gradient: Tensor) -> None:
+        """A compiled backward pass has computed the gradient at one of the points."""
+        if self.recording:
+            _Hook(self, self._compiled_gradient_arrives, point)(gradient)
+
+    def _compiled_gradient_arrives(self, point: compiled.Listened, gradient: Tensor) -> None:
+        self.forward.adopt(point.within)
+        self._gradient_arrives((point.roles, point.fused), gradient)
 
     def _gradient_arrives(
         self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...] | None

@@ -19,18 +19,37 @@ class Listener(Protocol):
 
 
 class Hook:
-    """A callable for torch to hold. A copy of a model (``deepcopy``, ``pickle``) carries a hook that does nothing."""
+    """A callable for torch to hold. A copy of a model (``deepcopy``, ``pickle``) carries a hook that does nothing.
 
-    __slots__ = ("key", "note", "watcher")
+    Args:
+        watcher: Who notes.
+        note: Its method.
+        key: The method's first argument.
+        traced: What ``torch.compile`` is given to trace in the method's place.
+        name: The key in the words of that.
+    """
 
-    def __init__(self, watcher: Listener | None = None, note: Callable[..., None] | None = None, key: Any = 0) -> None:
+    __slots__ = ("key", "name", "note", "traced", "watcher")
+
+    def __init__(
+        self,
+        watcher: Listener | None = None,
+        note: Callable[..., None] | None = None,
+        key: Any = 0,
+        traced: Callable[..., None] | None = None,
+        name: str = "",
+    ) -> None:
         self.watcher = watcher
         self.note = note
         self.key = key
+        self.traced = traced
+        self.name = name
 
     def __call__(self, *args: Any) -> None:
         """Notes what torch hands over, if anybody listens."""
-        if torch.compiler.is_compiling():  # traced, it would break the graph at every layer
+        if torch.compiler.is_compiling():  # the note itself would break the graph at every layer
+            if self.traced is not None:
+                self.traced(self, *args)
             return
         watcher, note = self.watcher, self.note
         if watcher is None or note is None or not watcher.listening:

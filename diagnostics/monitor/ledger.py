@@ -39,9 +39,10 @@ WINDOW = 1000
 """How many records are kept."""
 
 BLIND = (
-    "No output gradient was seen, so depth is not judged; weight gradients are. No hook runs inside a model that is "
-    "scripted, exported or compiled: a compiled one takes some steps under torch.compiler.set_stance('force_eager') to "
-    "be judged. Otherwise the model's layers are not called as modules."
+    "No output gradient was seen, so depth is not judged; weight gradients are. A compiled model is seen where the "
+    "Monitor is created before its first call and the whole forward is one graph (fullgraph=True); others take some "
+    "steps under torch.compiler.set_stance('force_eager') to be judged. No hook runs inside a scripted or exported "
+    "one. Otherwise the model's layers are not called as modules."
 )
 """What is said once when the first recorded step has no output gradients."""
 
