@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,10 @@ def summary(name, *overrides, severity=0, place="sweep", **changes):
 
 
 def grid(sick, **values):
-    """One run for each combination of two keys, sick where the function says so."""
-    (one, first), (other, second) = values.items()
+    """One run for each combination of values, sick where the function says so."""
     return [
-        summary(f"{x}-{y}", f"{one}={x}", f"{other}={y}", severity=3 if sick(x, y) else 0)
-        for x in first
-        for y in second
+        summary("-".join(own), *map("=".join, zip(values, own, strict=True)), severity=3 if sick(*own) else 0)
+        for own in product(*values.values())
     ]
 
 
@@ -91,16 +90,20 @@ def test_the_setting_that_decides_comes_first_with_its_counts():
     (best,) = fleet.separations  # width says nothing and is not listed
     assert (best.key, best.right, best.runs) == ("model", 6, 6)
     assert best.groups == (Group("sigmoid", 3, 3), Group("relu", 3, 0))
-    assert str(best) == "model tells 6 of 6 runs right (without it 0): sigmoid: 3 of 3 sick, relu: 0 of 3 sick"
+    assert str(best) == "model tells 6 of 6 runs right (without it 3): sigmoid: 3 of 3 sick, relu: 0 of 3 sick"
 
 
 def test_two_settings_are_ranked_by_how_many_runs_they_tell():
     runs = grid(
-        lambda model, lr: model == "sigmoid" or (model, lr) == ("relu", "9"),
-        model=["sigmoid", "relu", "gelu"],
-        lr=["1", "9", "3"],
+        lambda model, lr, width: (
+            (model == "sigmoid" and (lr == "9" or width in "12")) or (model == "relu" and lr == "9" and width == "1")
+        ),
+        model=["sigmoid", "relu"],
+        lr=["1", "9"],
+        width=["1", "2", "3", "4"],
     )
-    assert [one.key for one in assemble(runs).separations] == ["model", "lr"]
+    assert [one.key for one in assemble(runs).separations] == ["model", "lr", "width"]
+    assert [(one.right, one.baseline) for one in assemble(runs).separations] == [(13, 9), (11, 9), (11, 9)]
 
 
 def test_a_setting_that_is_different_in_every_run_does_not_shine():

@@ -246,7 +246,7 @@ def test_without_the_plotting_extra_one_sentence_is_said_and_all_else_is_left(mo
     def missing(*_: Any) -> None:
         raise ModuleNotFoundError('Figures need x; pip install "training-diagnostics[figures]".')
 
-    monkeypatch.setattr(closing, "_draw_heatmap", missing)
+    monkeypatch.setattr(closing, "_picture", missing)
     monkeypatch.setattr(closing, "_page", missing)
     with pytest.warns(DiagnosticsWarning) as said:
         folder = sick_run("offline", "first")
@@ -260,7 +260,7 @@ def test_without_the_plotting_extra_one_sentence_is_said_and_all_else_is_left(mo
 
 
 @pytest.mark.usefixtures("_here")
-@pytest.mark.parametrize("failing", ["_upload", "_table", "_lines", "_draw_heatmap", "_page"])
+@pytest.mark.parametrize("failing", ["_upload", "_table", "_lines", "_picture", "_page"])
 def test_an_object_that_fails_costs_neither_the_others_nor_the_run(
     monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -268,7 +268,7 @@ def test_an_object_that_fails_costs_neither_the_others_nor_the_run(
         "_upload": {"run log"},
         "_table": {"report/diagnoses", "report/violations"},
         "_lines": {"report/profile_table"},
-        "_draw_heatmap": {"report/heatmap"},
+        "_picture": {"report/heatmap"},
         "_page": {"report/page"},
     }
 

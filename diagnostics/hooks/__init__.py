@@ -32,10 +32,11 @@ from diagnostics.depth import Owner
 from diagnostics.depth.forward import Forward, Point, Role
 from diagnostics.hooks import compiled
 from diagnostics.hooks.callback import Hook as _Hook
-from diagnostics.hooks.callback import adding, has_closure, takes_hooks
+from diagnostics.hooks.callback import adding, takes_hooks
 from diagnostics.hooks.callback import graph_task as _graph_task
 from diagnostics.hooks.graph import Leaves
 from diagnostics.hooks.marks import Marks, Spent, is_other, state
+from diagnostics.hooks.optimizers import Call, watch_steps
 from diagnostics.hooks.passes import BackwardPass, measured
 
 compiled.not_by_itself(_Hook.__call__)
@@ -117,35 +118,9 @@ class Watcher:
             elif parameter is not None:
                 self._frozen.append(index)
 
-    def watch_steps(
-        self,
-        optimizer: torch.optim.Optimizer,
-        before: Callable[[torch.optim.Optimizer, bool], None],
-        after: Callable[[torch.optim.Optimizer, bool], None],
-    ) -> None:
-        """Calls two methods back at the beginning and the end of ``optimizer.step()``, as long as their object lives.
-
-        They are told whether the step was given a closure. A nested ``super().step()`` is one step.
-        """
-        depth = 0
-        weakly_before, weakly_after = weakref.WeakMethod(before), weakref.WeakMethod(after)
-
-        def begins(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            nonlocal depth
-            depth += 1
-            call = weakly_before()
-            if depth == 1 and self.listening and call is not None:
-                call(stepping, has_closure(args, kwargs))
-
-        def ends(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            nonlocal depth
-            depth = max(0, depth - 1)
-            call = weakly_after()
-            if depth == 0 and self.listening and call is not None:
-                call(stepping, has_closure(args, kwargs))
-
-        self._handles.append(optimizer.register_step_pre_hook(begins))
-        self._handles.append(optimizer.register_step_post_hook(ends))
+    def watch_steps(self, optimizer: torch.optim.Optimizer, before: Call, after: Call) -> None:
+        """Calls two methods back at the beginning and the end of ``optimizer.step()``, while anybody listens."""
+        self._handles += watch_steps(optimizer, self, before, after)
 
     def spend(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Notes that a step has spent the gradients of these parameters, as they are now."""

@@ -90,11 +90,6 @@ def graph_task() -> int:
     return int(torch._C._current_graph_task_id())  # noqa: SLF001 -- torch has no public name for it
 
 
-def has_closure(args: Any, kwargs: Any) -> bool:
-    """Whether ``optimizer.step`` was called with a closure; its first argument is the optimizer."""
-    return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)
-
-
 def takes_hooks(module: nn.Module) -> bool:
     """Whether torch lets forward hooks be registered: not on what ``torch.jit`` has scripted or traced."""
     return not isinstance(module, torch.jit.ScriptModule)

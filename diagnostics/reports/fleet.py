@@ -361,10 +361,15 @@ def _number(text: str | None) -> float | None:
 
 
 def _guessed_right(groups: Iterable[Sequence[bool | None]]) -> float:
-    """How many runs the majority of the others in their group guesses right; a draw is half a run."""
+    """How many runs the majority of the others in their group guesses right; a draw is half a run.
+
+    No group is guessed worse than by tossing a coin: of one that is half sick the others always point the wrong way.
+    """
     right = 0.0
     for group in groups:
         sick, sound = sum(map(bool, group)), sum(not one for one in group)
+        guessed = 0.0
         for own, other, count in ((sick - 1, sound, sick), (sound - 1, sick, sound)):
-            right += count * (1.0 if own > other else 0.5 if own == other else 0.0)
+            guessed += count * (1.0 if own > other else 0.5 if own == other else 0.0)
+        right += max(guessed, len(group) / 2)
     return right

@@ -13,7 +13,7 @@ BY_NAME: dict[str, Specification] = {
     "heatmap": by_depth.heatmap(),
     "depth_profile": by_depth.depth_profile(),
     "gain": by_depth.by_depth("gradient norm, input / output", "log"),
-    "update_ratio": by_depth.by_depth("‖update‖ / ‖weight‖", "log"),
+    "update_ratio": by_depth.by_depth("‖update‖ / ‖weight‖", "log", "~e"),
     "share": by_depth.by_depth("share of (total norm) ** p", "linear", ".0%"),
     "norms": by_step.norms(),
     "clipping": by_step.clipping(),
