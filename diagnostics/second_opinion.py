@@ -50,6 +50,9 @@ class Trial:
     condition: str
     healed: bool
 
+    def __str__(self) -> str:
+        return f"{'healed' if self.healed else 'not healed'}: accuracy {self.accuracy:.2f}, {self.condition}"
+
 
 @dataclass(frozen=True, slots=True)
 class SecondOpinion:
@@ -128,8 +131,7 @@ def second_opinion(
         by_outcome = 1 - outcome.accuracy <= HEALED * (1 - accuracy)
         healed = by_outcome and outcome.verdict.severity < WARNING
         trials.append(Trial(override, outcome.accuracy, outcome.verdict.condition, healed))
-        word = "healed" if healed else "not healed"
-        say(f"  {override}: {word}: accuracy {outcome.accuracy:.2f}, {outcome.verdict.condition}")
+        say(f"  {override}: {trials[-1]}")
     opinion = SecondOpinion(condition, steps, accuracy, tuple(trials))
     if not tried:
         say(f"second opinion on {condition}: no remedy has an override that could be tried.")

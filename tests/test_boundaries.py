@@ -40,13 +40,13 @@ ORDER = (
     "monitor",
     "watching",
     "first_pass",
+    "second_opinion",
     "reports",
     "trainers",
     "clip_schemas",
     "schemas",
     "configs",
     "jobs",
-    "second_opinion",
     "cli",
     "outcomes",
 )
@@ -75,7 +75,6 @@ STEP_PATH = {*ORDER} - {
     "schemas",
     "configs",
     "jobs",
-    "second_opinion",
     "cli",
     "outcomes",
 }

@@ -96,7 +96,7 @@ def test_a_run_whose_loop_broke_a_rule_is_never_shown_as_calm(tmp_path: Path) ->
     assert run["badges"] == [["unlawful loop · warning", "warning"]]
     (trouble,) = run["troubles"]
     assert (trouble["title"], trouble["when"]) == ("missing_zero_grad", "first at step 1, 9 times")
-    assert trouble["remedies"] == [{"text": "Call zero_grad().", "override": None}]
+    assert trouble["remedies"] == [{"text": "Call zero_grad().", "override": None, "tried": None}]
 
 
 def test_a_diagnosis_stands_with_its_onset_and_with_overrides_to_copy(tmp_path: Path) -> None:

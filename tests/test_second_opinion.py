@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from diagnostics.configs import resolve
+from diagnostics.configs import register_trainers, resolve
 from diagnostics.jobs import recompose
 from diagnostics.records import Remedy, Verdict
+from diagnostics.reports.view import describe
 from diagnostics.runlog import read_run
 from diagnostics.second_opinion import Outcome, read_second_opinion, second_opinion
 
@@ -44,6 +45,7 @@ def test_without_overrides_there_is_nothing_to_try():
 
 
 def test_overrides_of_a_group_that_is_chosen_anew_are_left_behind():
+    register_trainers()
     overrides = ["model=rnn", "task=temporal_order", "model.activation=relu", "trainer.seed=3", "trainer.steps=900"]
     config = resolve(recompose(overrides, ["model=lstm", "trainer.steps=50"]))
     assert config["model"]["_target_"].endswith("LSTM")
@@ -73,6 +75,9 @@ def test_the_run_log_keeps_what_healed(start, capsys, tmp_path):
         assert f"{trial.override}: {word}: accuracy {trial.accuracy:.2f}, {trial.condition}" in told
     assert opinion.trials[0].healed
     assert f"best: {opinion.best}" in told
+    (shown,) = (one for one in describe(run)["troubles"] if one["title"].startswith("vanishing"))
+    by_override = {one["override"]: one["tried"] for one in shown["remedies"]}
+    assert by_override[opinion.trials[0].override] == f"{opinion.trials[0]} after 200 steps"
 
 
 def test_a_healthy_run_is_not_asked_again(start, capsys):

@@ -112,7 +112,8 @@ function troubles(list) {
       element("h3", {}, one.title + " ", element("span", {class: "when"}, one.when)),
       element("p", {}, one.message),
       element("ul", {}, one.remedies.map(remedy => element("li", {}, remedy.text,
-        remedy.override ? [" ", element("code", {}, remedy.override), copy(remedy.override)] : null))))));
+        remedy.override ? [" ", element("code", {}, remedy.override), copy(remedy.override)] : null,
+        remedy.tried ? element("span", {class: "when"}, ` tried: ${remedy.tried}`) : null))))));
 }
 
 function byDepth(part) {

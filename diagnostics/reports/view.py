@@ -9,7 +9,7 @@ long series are thinned, and every text is somebody else's and is only ever show
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from diagnostics.records import (
     Violation,
 )
 from diagnostics.runlog import Run
+from diagnostics.second_opinion import read_second_opinion
 
 if TYPE_CHECKING:
     from diagnostics.reports.drawing import Figure
@@ -165,31 +166,38 @@ def _ending(run: Run, last: int | None) -> str:
 def _troubles(run: Run, judgement: Verdict) -> Iterator[View]:
     """What stands, worst first, then broken rules, then what cleared; what was never confirmed only if it is judged."""
     standing = [diagnosis for diagnosis in run.diagnoses if diagnosis.cleared is None]
+    opinion = read_second_opinion(run.path) if run.end and run.path.is_file() else None
+    trials = {trial.override: f"{trial} after {opinion.steps:,} steps" for trial in opinion.trials} if opinion else {}
     for diagnosis in sorted(standing, key=lambda diagnosis: -diagnosis.severity):
         if diagnosis.confirmed or diagnosis.condition == judgement.condition:
             when = f"since step {diagnosis.step:,}" + ("" if diagnosis.confirmed else ", unconfirmed")
-            yield _diagnosis(diagnosis, when, TONES[diagnosis.severity])
+            tried = trials if opinion and diagnosis.condition == opinion.condition else {}
+            yield _diagnosis(diagnosis, when, TONES[diagnosis.severity], tried)
     yield from map(_violation, run.violations)
     for diagnosis in run.diagnoses:
         if diagnosis.cleared is not None:
-            yield _diagnosis(diagnosis, f"steps {diagnosis.step:,}–{diagnosis.cleared:,}, cleared", "calm")
+            yield _diagnosis(diagnosis, f"steps {diagnosis.step:,}–{diagnosis.cleared:,}, cleared", "calm", {})
 
 
-def _diagnosis(diagnosis: Diagnosis, when: str, tone: str) -> View:
+def _diagnosis(diagnosis: Diagnosis, when: str, tone: str, tried: Mapping[str, str]) -> View:
     where = "" if diagnosis.depth is None else f", worst at depth {diagnosis.depth}"
     name = _named(diagnosis.condition, diagnosis.severity)
-    return _trouble(name, when + where, tone, _sentence(diagnosis.message), diagnosis.remedies)
+    return _trouble(name, when + where, tone, _sentence(diagnosis.message), _tries(diagnosis.remedies, tried))
 
 
 def _violation(violation: Violation) -> View:
     times = f", {violation.count:,} times" if violation.count > 1 else ""
     when = f"first at step {violation.step:,}{times}"
-    return _trouble(violation.rule, when, TONES[WARNING], violation.message, (Remedy(violation.remedy),))
+    return _trouble(violation.rule, when, TONES[WARNING], violation.message, _tries([Remedy(violation.remedy)], {}))
 
 
-def _trouble(title: str, when: str, tone: str, message: str, remedies: Iterable[Remedy]) -> View:
-    tries = [{"text": one.text, "override": one.override} for one in remedies]
-    return {"title": title, "when": when, "tone": tone, "message": message, "remedies": tries}
+def _trouble(title: str, when: str, tone: str, message: str, remedies: list[View]) -> View:
+    return {"title": title, "when": when, "tone": tone, "message": message, "remedies": remedies}
+
+
+def _tries(remedies: Iterable[Remedy], tried: Mapping[str, str]) -> list[View]:
+    """What to try, and what became of it where a second opinion was asked."""
+    return [{"text": one.text, "override": one.override, "tried": tried.get(one.override or "")} for one in remedies]
 
 
 def _date(iso: str) -> str:
