@@ -316,6 +316,14 @@ def test_a_shape_is_written_once_however_long_the_run(tmp_path: Path) -> None:
     assert read_run(file).records == tuple(records)
 
 
+def test_a_step_is_read_without_more_than_a_hundred_others_however_fast_they_came(tmp_path: Path) -> None:
+    path = write(tmp_path, *(step(number) for number in range(1050)))
+    blocks = [json.loads(line)["steps"] for line in written((tmp_path / "run.jsonl").read_bytes())]
+    assert max(map(len, blocks)) <= 100
+    assert sum(map(len, blocks)) == 1050
+    assert [record.step for record in read_run(path).records] == list(range(1050))
+
+
 def test_violations_are_one_entry_per_rule_and_parameters_with_the_last_count(tmp_path: Path) -> None:
     first = Violation("missing_zero_grad", 3, ("0.weight",), "At step 3 …", "call zero_grad()")
     other = replace(first, parameters=("1.weight",))

@@ -7,6 +7,8 @@ from pathlib import Path
 SCHEMA, VERSION = "training-diagnostics/run", 2
 FILE_NAME = "run.jsonl"
 FLUSH_SECONDS = 1.0
+BLOCK_STEPS = 100
+"""No more steps are packed together: who reads one of them decodes them all."""
 
 
 def log_file(path: str | Path) -> Path:

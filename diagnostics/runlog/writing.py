@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from diagnostics.records import RunEnd, RunInfo, StepRecord, Violation
-from diagnostics.runlog.names import FLUSH_SECONDS, SCHEMA, VERSION, log_file
+from diagnostics.runlog.names import BLOCK_STEPS, FLUSH_SECONDS, SCHEMA, VERSION, log_file
 from diagnostics.runlog.packing import Field, encode
 from diagnostics.runlog.plain import foreign, plain
 from diagnostics.runlog.shapes import Table, pack, plain_shape, plain_table, shape, take_apart
@@ -63,8 +63,8 @@ class RunLogWriter:
         """Appends one event; all but a step without news reaches the disk at once."""
         urgent = True
         if isinstance(event, StepRecord):
-            urgent = bool(event.violations or event.diagnoses)
             self._step(event)
+            urgent = bool(event.violations or event.diagnoses) or len(self._steps) >= BLOCK_STEPS
         else:
             self._block()
             self._line({_KINDS[type(event)]: plain(event)})
