@@ -48,6 +48,9 @@ class Roster(NamedTuple):
         return array("d", map(operator.mul, norms, self.factors))
 
 
+EMPTY = Roster((), (), (), (), Layout([]), ())
+
+
 class Catalogue:
     """Parameters by index and name, and the table of layers.
 

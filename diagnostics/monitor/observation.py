@@ -29,7 +29,7 @@ from diagnostics.monitor.assembly import (
     number_column,
     update_ratios,
 )
-from diagnostics.monitor.catalogue import Catalogue
+from diagnostics.monitor.catalogue import EMPTY, Catalogue
 from diagnostics.monitor.recording import Recording
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, Column, Layers
@@ -78,6 +78,12 @@ def as_spent(seen: Seen) -> Seen:
     if not 0 < left <= limit * (1 + EXCESS):
         return seen
     return replace(seen, clip=replace(seen.clip, applied=True, total_norm_after=left))
+
+
+def _trainable(parameters: list[Tensor]) -> list[Tensor]:
+    """Those that are not frozen; the very list if that is all."""
+    frozen = [tensor for tensor in parameters if not tensor.requires_grad]
+    return [tensor for tensor in parameters if tensor.requires_grad] if frozen else parameters
 
 
 class Observation:
@@ -134,8 +140,8 @@ class Observation:
         self._scale = None if loss_scale is None else reader.ask(loss_scale)
         names, stacks = self._roster.names, self.clipping.stacks
         self._recording = Recording(reader, self.passes, names, stacks, catalogue.dead) if recorded else None
-        self._held = [tensor for tensor in held if tensor.requires_grad] if recorded else []
-        self._held_roster = catalogue.roster(self._held)
+        self._held = _trainable(held) if recorded else []
+        self._held_roster = catalogue.roster(self._held) if recorded else EMPTY
         self._before = Samples(self._held, self._held_roster.layout)
         self._weight_norms = self._before.norms()
         self._weights = reader.ask(self._weight_norms)
