@@ -54,7 +54,6 @@ ORDER = (
 
 TO_THE_RIGHT = {
     ("runlog", "reports.figures"): "Run.plot(): people ask a run for its picture; figures know run logs",
-    ("monitor", "reports.figures"): "Monitor.plot(): likewise",
     ("sinks.wandb.closing", "reports.figures"): "W&B gets a run's heatmap when the run ends",
     ("sinks.wandb.closing", "reports.drawing"): "which needs an extra, that is named where it is missing",
     ("sinks.wandb.closing", "reports.history"): "and is drawn from columns",
@@ -403,8 +402,8 @@ def test_an_import_against_the_order_is_found(bad: str) -> None:
 
 def test_an_exception_holds_inside_functions_only() -> None:
     wanted = "from diagnostics.reports import figures"
-    assert against_the_order("monitor", wanted)
-    assert not against_the_order("monitor", f"def plot():\n    {wanted}")
+    assert against_the_order("sinks.wandb.closing", wanted)
+    assert not against_the_order("sinks.wandb.closing", f"def plot():\n    {wanted}")
 
 
 def test_a_circle_is_found() -> None:

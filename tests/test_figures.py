@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from run_records import HARD, INFO, VIOLATION, diagnosed, fading, record
 from test_page import summary
 from test_runlog import write
+from torch import nn
 
+from diagnostics.monitor import Monitor
 from diagnostics.records import ClipRecord, Diagnosis, Layers, StepRecord
 from diagnostics.reports import drawing, overlays, thinning
 from diagnostics.reports.comparison import Comparison, Side
@@ -40,6 +44,7 @@ from diagnostics.reports.history import History, histories
 from diagnostics.reports.specifications import BY_NAME
 from diagnostics.reports.whatif import what_if as answers
 from diagnostics.runlog import read_run
+from diagnostics.sinks.runlog import RunLogSink
 
 VANISHING = Diagnosis("vanishing", 3, 2, 0, {}, "it fades")
 
@@ -294,6 +299,22 @@ def test_the_overview_has_three_panels_for_each_optimizer() -> None:
 def test_a_run_plots_itself_with_what_was_found(tmp_path: Path) -> None:
     figure = read_run(write(tmp_path, INFO, *diagnosed(fading(5), INFO))).plot()
     assert "vanishing from step 0" in figure.svg()
+
+
+def test_a_monitor_plots_what_its_run_log_plots(tmp_path: Path) -> None:
+    """Two optimizers, a gradient that vanishes, a rule that is broken by the second."""
+    halves = [nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Sigmoid()) for _ in range(8)]) for _ in range(2)]
+    optimizers = [torch.optim.SGD(half.parameters(), lr=0.1) for half in halves]
+    options = {"sinks": [RunLogSink(tmp_path)], "on_violation": "record", "on_diagnosis": "record"}
+    with Monitor({"left": halves[0], "right": halves[1]}, optimizers, **options) as monitor:
+        for _ in range(6):
+            optimizers[0].zero_grad()
+            for half, optimizer in zip(halves, optimizers, strict=True):
+                half(torch.ones(4, 6)).sum().backward()
+                monitor.clip_and_step(optimizer)
+    live, read = monitor.plot().full(), read_run(tmp_path).plot().full()
+    assert live == read
+    assert {"vanishing from step 0", "missing_zero_grad from step 1"} <= set(re.findall(r"\w+ from step \d", str(live)))
 
 
 def test_a_figure_shows_itself_in_a_notebook_and_is_written_in_three_formats(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +33,7 @@ from diagnostics.monitor.resuming import Resumable
 from diagnostics.monitor.schedule import Schedule, Units
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, NonFiniteGradientError, RunInfo, StepRecord
+from diagnostics.runlog import Run
 from diagnostics.sinks import Sink
 from diagnostics.sinks.fanout import Fanout
 from diagnostics.statistics.reading import Reader
@@ -300,9 +302,7 @@ class Monitor(Asynchronous, Resumable):
 
     def plot(self) -> Any:
         """The run's figures so far as one :class:`~diagnostics.reports.drawing.Figure`; needs the extra ``figures``."""
-        from diagnostics.reports import figures  # noqa: PLC0415 -- the only look to the right, and an extra
-
-        return figures.overview(self.records, figures.findings_in(self.records))
+        return Run(self.run, self.records, self.violations, None, Path()).plot()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -6,10 +6,9 @@ A function takes the columns of one optimizer (:class:`~diagnostics.reports.hist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 
-from diagnostics.records import StepRecord, Violation
+from diagnostics.records import StepRecord
 from diagnostics.reports.drawing import Figure, figures_extra, grid
 
 with figures_extra():  # before the modules that are made of it
@@ -27,7 +26,6 @@ __all__ = [
     "clipping",
     "depth_profile",
     "findings",
-    "findings_in",
     "gain",
     "heatmap",
     "norms",
@@ -62,20 +60,6 @@ def overview(records: Iterable[StepRecord], found: Callable[[str], Iterable[Find
     return grid("overview", rows or [("", [nothing("norms", "No step", ("series", "dots", "edges", "frame"))])])
 
 
-def findings_in(records: Sequence[StepRecord]) -> Callable[[str], list[Finding]]:
-    """What the records of an optimizer carry, in its last state, by the optimizer's name."""
-
-    def found(optimizer: str) -> list[Finding]:
-        last: dict[tuple[object, ...], Finding] = {}
-        for record in records:
-            if record.optimizer == optimizer:
-                last |= {(one.condition, one.step): one for one in record.diagnoses}
-                last |= {(one.rule, one.parameters): replace(one, step=_first(last, one)) for one in record.violations}
-        return list(last.values())
-
-    return found
-
-
 def of_history(
     history: History, found: Sequence[Finding], answers: Sequence[WhatIf], columns: int = COLUMNS, profiles: int = 3
 ) -> list[Figure]:
@@ -102,8 +86,3 @@ def of_history(
         *layers,
         *([what_if(answers)] if any(one.candidates for one in answers) else []),
     ]
-
-
-def _first(last: Mapping[tuple[object, ...], Finding], one: Violation) -> int:
-    before = last.get((one.rule, one.parameters))
-    return one.step if before is None else before.step
