@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from operations import Operations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics import ClipByGroup, ClipByNorm, ClipByQuantile, Monitor, read_run
 from diagnostics.sinks.memory import MemorySink
@@ -18,18 +18,6 @@ from diagnostics.statistics.reading import Parcel
 
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
 """What makes the host wait for a device, as the dispatcher calls it."""
-
-
-class Counted(TorchDispatchMode):
-    """The names of all operations, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 def trained(steps=70, *, limit=None, depth=5, bad=(), device="cpu", loop=None, **options):
@@ -106,7 +94,7 @@ def operations(depth, *, steps, asynchronous=True, every=10):
             optimizer.zero_grad()
             loss = model(torch.ones(4, 8)).square().mean()
             loss.backward()
-            counted = Counted()
+            counted = Operations()
             with counted:
                 monitor.clip_and_step(loss=loss)
     return counted.names

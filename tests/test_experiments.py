@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from wandb_server import wandb_server
+from wandb_server import client, wandb_server
 
 from diagnostics import read_run, schemas
 from diagnostics.cli import assemble
@@ -94,25 +93,12 @@ def test_the_agent_s_command_line_is_one_that_hydra_understands():
 def wandb_says(folder, url, *arguments):
     """What the command line of W&B prints in a folder, with a server on loopback."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = {
-        **settings,
+    found = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
-        "WANDB_BASE_URL": url,
-        "WANDB_API_KEY": "0" * 40,
-        "WANDB_DATA_DIR": str(folder),
         "WANDB_ERROR_REPORTING": "false",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = client(url, folder, "-m", "wandb", *arguments, base=settings, **found)
     return done.stdout + done.stderr
 
 

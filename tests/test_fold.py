@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operations import Operations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics import ClipByGroup, ClipByNorm, ClipByQuantile, ClipByValue, Monitor
-
-
-class Writes(TorchDispatchMode):
-    """Whether anything multiplied in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 def adamw(parameters):
@@ -36,7 +24,7 @@ def trained(clip, *, make=adamw, steps=12, scale=1.0, **options):
         for number in range(steps):
             optimizer.zero_grad()
             (scale * model(torch.full((4, 8), 1.0 + number % 3)).square().mean()).backward()
-            with Writes() as writes:
+            with Operations() as writes:
                 monitor.clip_and_step()
             names += writes.names
     return monitor, torch.nn.utils.parameters_to_vector(model.parameters()), names, optimizer
@@ -113,7 +101,7 @@ def test_a_gradient_that_lies_otherwise_in_memory_than_its_parameter_is_written_
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     with Monitor(model, optimizer, clip=ClipByNorm(1.0), fold=True, sinks=[]) as monitor:
         model.weight.grad = torch.arange(9.0).reshape(3, 3).T
-        with Writes() as writes:
+        with Operations() as writes:
             record = monitor.clip_and_step()
     assert record.clip.applied
     assert "_foreach_mul_" in writes.names

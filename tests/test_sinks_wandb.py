@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import wandb
 from wandb_offline import OfflineRun, offline_run
-from wandb_server import wandb_server
+from wandb_server import client, wandb_server
 
 from diagnostics.records import (
     ClipRecord,
@@ -325,19 +325,8 @@ except ConnectionError as error:
 
 
 def online(url: str, folder: Path, seconds: int = 30) -> str:
-    """What an online run prints; in a process of its own, because wandb reads the server's address once."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        "WANDB_BASE_URL": url,
-        "WANDB_API_KEY": "0" * 40,
-        "WANDB_DATA_DIR": str(folder),
-    }
-    program = ONLINE.format(folder=str(folder), seconds=seconds)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True, timeout=120
-    )
-    return done.stdout
+    """What an online run prints."""
+    return client(url, folder, "-c", ONLINE.format(folder=str(folder), seconds=seconds)).stdout
 
 
 def test_an_online_run_delivers_rows_config_and_summary(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import warnings
@@ -19,7 +18,7 @@ from PIL import Image
 from test_sinks_wandb import END, EVERY, INFO, STEPS, _no_traffic, in_a_run_of_theirs, record
 from wandb_graphql import Received, SentArtifact, SentRun
 from wandb_offline import OfflineRun, offline_run
-from wandb_server import wandb_server
+from wandb_server import client, wandb_server
 
 from diagnostics import ClipByNorm, ConsoleSink, Monitor, RunLogSink, read_run
 from diagnostics.records import Diagnosis, DiagnosticsWarning, Remedy, Violation
@@ -57,28 +56,6 @@ def sick_run(mode: str, name: str, **options: Any) -> Path:
     return Path(run.dir).parent
 
 
-def program(url: str, folder: Path, *arguments: str) -> str:
-    """What a program in a process of its own prints: wandb reads the server's address once."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        "WANDB_BASE_URL": url,
-        "WANDB_API_KEY": "0" * 40,
-        "WANDB_DATA_DIR": str(folder),
-    }
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module", params=["online", "sync"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Received:
     """A W&B server that was sent two runs: while they ran, or later from their files."""
@@ -86,11 +63,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch, wandb_server() as found:
         patch.setenv("WANDB_ERROR_REPORTING", "false")
         mode = "online" if request.param == "online" else "offline"
-        program(found.url, folder, "-c", SICK_RUN, mode, "first", "second")
+        client(found.url, folder, "-c", SICK_RUN, mode, "first", "second")
         if request.param == "sync":
             assert not found.runs
             runs = map(str, folder.glob("wandb/offline-run-*"))
-            program(found.url, folder, "-m", "wandb", "sync", *runs)
+            client(found.url, folder, "-m", "wandb", "sync", *runs)
     return found
 
 

@@ -8,14 +8,43 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from wandb_graphql import Received
+
+
+def client(
+    url: str, folder: Path, *arguments: str, base: Mapping[str, str] = os.environ, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """A Python program that talks to a server: in a process of its own, because wandb reads the address once."""
+    environment = {
+        **base,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_DATA_DIR": str(folder),
+        **more,
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def handler(received: Received) -> type[BaseHTTPRequestHandler]:

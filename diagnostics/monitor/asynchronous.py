@@ -81,8 +81,7 @@ class Asynchronous(Steps):
             amp.unscale(self._scaler, unit.optimizers)
         asked = self._ask(unit, again=False)
         observation, scaler = asked.observation, self._scaler
-        fold = self._options.fold and scaler is None and all(map(fused.is_fused, unit.optimizers))
-        fold = fold and fused.lie_alike(observation.parameters, observation.gradients)
+        fold = self._options.fold and scaler is None and fused.can_divide(observation, unit.optimizers)
         factor, overflow = observation.clipping.clip_unread(write=not fold)
         skipping = self._options.nonfinite == "skip" or scaler is not None
         own = skipping and scaler is None  # a scaler tells its optimizers itself

@@ -36,13 +36,17 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
     return is_fused(optimizer) and not any(group.get("momentum") for group in optimizer.param_groups)
 
 
-def to_divide_by(observation: Observation, optimizers: Iterable[torch.optim.Optimizer]) -> Tensor | None:
-    """What fused optimizers are to divide all gradients by, 0-dim; None where gradients have to be written to.
+def can_divide(observation: Observation, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """Whether all of them can divide the gradients of a step as they read them.
 
     Their kernels step wrongly, silently, where a gradient does not lie in memory as its parameter does.
     """
-    able = all(map(is_fused, optimizers)) and lie_alike(observation.parameters, observation.gradients)
-    factor = observation.clipping.leave_to_optimizer() if able else None
+    return all(map(is_fused, optimizers)) and lie_alike(observation.parameters, observation.gradients)
+
+
+def to_divide_by(observation: Observation, optimizers: Iterable[torch.optim.Optimizer]) -> Tensor | None:
+    """What fused optimizers are to divide all gradients by, 0-dim; None where gradients have to be written to."""
+    factor = observation.clipping.leave_to_optimizer() if can_divide(observation, optimizers) else None
     return None if factor is None else 1 / factor
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from diagnostics.records import WARNING, RunInfo
+from diagnostics.records import SEVERITY_NAMES, WARNING, RunInfo
 
 UNKNOWN = "unknown"
 MANY_VALUES = 3  # more different numbers than this are split at one threshold
@@ -151,6 +151,17 @@ class Row:
         return Spread.of(member.loss for member in self.members)
 
     @property
+    def verdict(self) -> str:
+        """The sickest run's, with its severity in words."""
+        return f"{self.condition} ({SEVERITY_NAMES[self.severity]})" if self.severity else self.condition
+
+    @property
+    def status(self) -> str:
+        """How the runs ended, with counts where they ended differently."""
+        counts = self.statuses
+        return ", ".join(f"{count} {one}" if len(counts) > 1 else one for one, count in counts.items())
+
+    @property
     def statuses(self) -> Mapping[str, int]:
         """How the runs ended, with counts, the most frequent first."""
         return _counted(member.status for member in self.members)
@@ -220,6 +231,11 @@ class Fleet:
     def runs(self) -> tuple[Summary, ...]:
         """Every run, in the order of the rows."""
         return tuple(member for row in self.rows for member in row.members)
+
+    @property
+    def sick(self) -> int:
+        """How many of them are sick."""
+        return sum(row.sick for row in self.rows)
 
 
 def assemble(runs: Iterable[Summary], troubles: Iterable[str] = ()) -> Fleet:

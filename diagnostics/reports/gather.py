@@ -137,7 +137,7 @@ def gather(places: Iterable[str | Path], *, page: bool = False) -> Gathered:
 
     Args:
         places: Run logs, folders of runs, of sweeps, or folders of those. Several are compared with the first.
-        page: Whether what a page shows is wanted, too.
+        page: Whether what a page of several runs shows is wanted, too; that of one is made from its log.
 
     Raises:
         FileNotFoundError: A place does not exist, or there is no run log.
@@ -155,7 +155,8 @@ def gather(places: Iterable[str | Path], *, page: bool = False) -> Gathered:
     """
     logs = find_logs(places)
     several = len(set(logs.values())) > 1
-    looks = list(_each(partial(_look, page=len(logs) if page else 0, profile=several), logs.items()))
+    runs = len(logs) if page and len(logs) > 1 else 0
+    looks = list(_each(partial(_look, page=runs, profile=several), logs.items()))
     summaries = [look.summary for look in looks if look.summary]
     fleet = assemble(summaries, dict.fromkeys(look.trouble for look in looks if look.trouble))
     described = {look.summary.path: look.described for look in looks if look.summary and look.described}

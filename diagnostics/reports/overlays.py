@@ -9,17 +9,11 @@ import numpy as np
 
 from diagnostics.reports.comparison import Comparison
 from diagnostics.reports.drawing import Figure
-from diagnostics.reports.figures.numbers import (
-    axis_frame,
-    floats,
-    rounded,
-)
+from diagnostics.reports.figures.numbers import axis_frame, floats, rounded
 from diagnostics.reports.fleet import Fleet, Row
 from diagnostics.reports.history import History
 from diagnostics.reports.specifications import BY_NAME
-from diagnostics.reports.thinning import (
-    cells,
-)
+from diagnostics.reports.thinning import cells
 
 MOST_OF_A_KIND = 4  # sick rows and sound ones: there are eight colours and shapes that can be told apart
 SEPARATOR = " · "

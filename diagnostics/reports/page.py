@@ -151,7 +151,7 @@ def _fleet(
     comparison: Comparison | None,
 ) -> dict[str, Any]:
     """What the page shows of all runs together."""
-    runs, sick = len(fleet.runs), sum(run.sick is True for run in fleet.runs)
+    runs, sick = len(fleet.runs), fleet.sick
     worst = fleet.rows[0] if fleet.rows else None
     return {
         "name": page.parent.resolve().name,
@@ -182,12 +182,11 @@ def _row(
     from diagnostics.reports.overlays import band
 
     first = row.members[0]
-    status = ", ".join(name if len(row.members) == count else f"{count} {name}" for name, count in row.statuses.items())
     profiles = [described[path]["profile"] for path in row.logs if path in described]
     many = len(row.members) > 1
     members = [Row(_own(one, row), (one,)) for one in row.members] if many else []
     mark = _badge(first)
-    words = [row.label, *row.overrides, mark[0], status, *row.violations, *(one.name for one in row.members)]
+    words = [row.label, *row.overrides, mark[0], row.status, *row.violations, *(one.name for one in row.members)]
     return {
         "id": place,
         "label": row.label,
@@ -200,7 +199,7 @@ def _row(
         "slope": _spread(row.slope, "{:+.2f}"),
         "clipped": _spread(row.clip_fraction, "{:.0%}"),
         "loss": _spread(row.loss, ""),
-        "status": status,
+        "status": row.status,
         "run": None if many else numbers.get(first.path),
         "members": [_row(f"{place}.{at}", one, described, numbers) for at, one in enumerate(members)],
         "band": band(profiles) or None,

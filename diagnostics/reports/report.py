@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from diagnostics.records import DiagnosticsWarning
 from diagnostics.reports.exports import export
 from diagnostics.reports.gather import Gathered, gather
 from diagnostics.reports.page import PAGE, write_fleet, write_page
-from diagnostics.reports.request import USAGE, WANDB, Request, parse
+from diagnostics.reports.request import USAGE, WANDB, Request, parse, place_in_wandb
 from diagnostics.reports.stopping import tell_stopping
 from diagnostics.reports.table import clean, in_terminal, tabulate
 from diagnostics.runlog import read_run
@@ -228,10 +227,7 @@ def common_folder(folders: Sequence[Path]) -> Path:
 
 def _fetch(place: str) -> Path:
     """Fetches the run logs of a group from W&B."""
-    parts = place.removeprefix(WANDB).split("/")
-    if len(parts) != 3 or not all(re.fullmatch(r"[^/\\]+", part) and part.strip(". ") for part in parts):
-        raise ValueError(f"A place in W&B is wandb:entity/project/group; got {place!r}.")
-    folder = FETCHED.joinpath(*parts)
+    folder = FETCHED.joinpath(*place_in_wandb(place))
     _wandb().fetch(place, folder)
     return folder
 

@@ -79,6 +79,23 @@ def parse(words: Sequence[str]) -> Request:
     return replace(request, places=tuple(places))
 
 
+def place_in_wandb(place: str) -> tuple[str, str, str]:
+    """Entity, project and group of a place in W&B; none of them leads out of a folder of its name.
+
+    Raises:
+        ValueError: The place is not named in full.
+
+    Example:
+        >>> place_in_wandb("wandb:me/digits/depth sweep")
+        ('me', 'digits', 'depth sweep')
+    """
+    parts = place.removeprefix(WANDB).split("/")
+    if len(parts) != 3 or not all(re.fullmatch(r"[^/\\]+", part) and part.strip(". ") for part in parts):
+        raise ValueError(f"A place in W&B is wandb:entity/project/group; got {place!r}.")
+    entity, project, group = parts
+    return entity, project, group
+
+
 def _unknown(key: str, word: str) -> str:
     near = difflib.get_close_matches(key, KEYS, 1)
     hint = f"did you mean {near[0]}=?" if near else f"the keys are {', '.join(KEYS)}."

@@ -6,7 +6,6 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diagnostics.records import SEVERITY_NAMES
 from diagnostics.reports.fleet import Fleet, Row, Spread
 from diagnostics.reports.view import number
 
@@ -42,7 +41,7 @@ def tabulate(fleet: Fleet) -> Table:
     columns = {"run": [clean(row.label) for row in fleet.rows]}
     if overridden:
         columns["overrides that differ"] = [clean(_told(row)) for row in fleet.rows]
-    columns["verdict"] = [_verdict(row) for row in fleet.rows]
+    columns["verdict"] = [clean(row.verdict) for row in fleet.rows]
     words = len(columns)
     if seeds:
         columns["n"] = [str(len(row.members)) for row in fleet.rows]
@@ -52,24 +51,13 @@ def tabulate(fleet: Fleet) -> Table:
         "clipped": [spread(row.clip_fraction, ".0%") for row in fleet.rows],
         "violations": [str(len(row.violations)) for row in fleet.rows],
         "loss": [spread(row.loss) for row in fleet.rows],
-        "status": [_status(row) for row in fleet.rows],
+        "status": [clean(row.status) for row in fleet.rows],
     }
     return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)), words)
 
 
 def _told(row: Row) -> str:
     return " ".join(row.overrides)
-
-
-def _verdict(row: Row) -> str:
-    name = clean(row.condition)
-    return f"{name} ({SEVERITY_NAMES[row.severity]})" if row.severity else name
-
-
-def _status(row: Row) -> str:
-    if len(row.statuses) == 1:
-        return clean(next(iter(row.statuses)))
-    return ", ".join(f"{count} {clean(status)}" for status, count in row.statuses.items())
 
 
 def spread(one: Spread | None, form: str | None = None) -> str:

@@ -85,17 +85,6 @@ class Run:
         """Those that the records of one optimizer carry."""
         return tuple(one for (name, _, _), one in self._diagnoses.items() if name == optimizer)
 
-    def violations_of(self, optimizer: str) -> tuple[Violation, ...]:
-        """Those that the records of one optimizer carry, as they were first seen there."""
-        if isinstance(self.records, Records):
-            broken = self.records.contents.broken
-        else:
-            broken = {}
-            for record in self.records:
-                for one in record.violations:
-                    broken.setdefault((record.optimizer, one.rule, one.parameters), one)
-        return tuple(one for (name, _, _), one in broken.items() if name == optimizer)
-
     @property
     def _diagnoses(self) -> dict[tuple[str, str, int], Diagnosis]:
         if isinstance(self.records, Records):

@@ -90,7 +90,6 @@ class Contents:
         blocks: The steps.
         violations: By rule and parameters, with the last count.
         diagnoses: By optimizer, condition and onset, in their last state.
-        broken: The violations of steps by optimizer, rule and parameters, as they were first seen.
     """
 
     path: Path
@@ -99,7 +98,6 @@ class Contents:
     blocks: list[Block] = field(default_factory=list)
     violations: dict[tuple[str, tuple[str, ...]], Violation] = field(default_factory=dict)
     diagnoses: dict[tuple[str, str, int], Diagnosis] = field(default_factory=dict)
-    broken: dict[tuple[str, str, tuple[str, ...]], Violation] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -194,9 +192,7 @@ class _Reader:
         last = next(part.shape for part in layout.parts if layout.count - 1 in part.places)
         optimizer = last.constants["optimizer"]
         for content in news.get("violations", ()):
-            violation = record(Violation, content)
-            self.contents.violate(violation)
-            self.contents.broken.setdefault((optimizer, violation.rule, violation.parameters), violation)
+            self.contents.violate(record(Violation, content))
         for content in news.get("diagnoses", ()):
             one = record(Diagnosis, content)
             self.contents.diagnoses[optimizer, one.condition, one.step] = one

@@ -24,11 +24,7 @@ from diagnostics.reports.figures.numbers import (
 from diagnostics.reports.history import History
 from diagnostics.reports.specifications import BY_NAME, parts
 from diagnostics.reports.specifications.by_step import SEVERITIES
-from diagnostics.reports.thinning import (
-    COLUMNS,
-    extremes,
-    stretches,
-)
+from diagnostics.reports.thinning import COLUMNS, extremes, stretches
 from diagnostics.reports.whatif import WhatIf
 
 DOTTED = 60  # points of a line that are each worth a dot

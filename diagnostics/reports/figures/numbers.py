@@ -13,9 +13,7 @@ from diagnostics.records import Diagnosis, Violation
 from diagnostics.reports.drawing import Figure
 from diagnostics.reports.history import History
 from diagnostics.reports.specifications import BY_NAME, parts
-from diagnostics.reports.thinning import (
-    stretches,
-)
+from diagnostics.reports.thinning import stretches
 
 Finding = Diagnosis | Violation
 

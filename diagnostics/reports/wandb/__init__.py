@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.records import DiagnosticsWarning
 from diagnostics.reports.fleet import Fleet
+from diagnostics.reports.request import place_in_wandb
 from diagnostics.reports.wandb.building import build
 from diagnostics.runlog import FILE_NAME
 from diagnostics.sinks.wandb.closing import ARTIFACT
@@ -22,7 +23,6 @@ from diagnostics.sinks.wandb.place import Place, read_place
 if TYPE_CHECKING:
     import wandb
 
-SCHEME = "wandb:"
 SPECIFICATION = "wandb_report.json"
 SECONDS = 20
 MOST_NAMES = 5
@@ -48,10 +48,7 @@ def fetch(place: str, folder: str | Path) -> list[Path]:
         Traceback (most recent call last):
         ValueError: A place in W&B is wandb:entity/project/group; got 'wandb:me/digits'.
     """
-    parts = place.removeprefix(SCHEME).split("/")
-    if len(parts) != 3 or not all(parts):
-        raise ValueError(f"A place in W&B is wandb:entity/project/group; got {place!r}.")
-    entity, project, group = parts
+    entity, project, group = place_in_wandb(place)
     api = _api()
     try:
         runs = list(api.runs(f"{entity}/{project}", filters={"group": group}))

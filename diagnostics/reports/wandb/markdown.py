@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from diagnostics.records import SEVERITY_NAMES
 from diagnostics.reports.fleet import Fleet, Row, Spread
+from diagnostics.reports.table import clean
 
 HEADINGS = ("run", "differs in", "runs", "sick", "verdict", "slope", "clipped", "violations", "loss", "status")
 
@@ -18,8 +18,7 @@ def headline(fleet: Fleet) -> str:
         >>> headline(Fleet(()))
         '0 of 0 runs are sick.'
     """
-    runs = fleet.runs
-    return f"{sum(run.sick is True for run in runs)} of {len(runs)} runs are sick."
+    return f"{fleet.sick} of {len(fleet.runs)} runs are sick."
 
 
 def verdicts(fleet: Fleet) -> Iterator[str]:
@@ -38,20 +37,17 @@ def verdicts(fleet: Fleet) -> Iterator[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    statuses = ", ".join(
-        f"{count} {status}" if len(row.statuses) > 1 else status for status, count in row.statuses.items()
-    )
     return (
         row.label,
         " ".join(row.overrides),
         str(len(row.members)),
         str(row.sick),
-        f"{row.condition} ({SEVERITY_NAMES[row.severity]})" if row.severity else row.condition,
+        row.verdict,
         _spread(row.slope, "+.2f"),
         _spread(row.clip_fraction, ".0%"),
         ", ".join(row.violations),
         _spread(row.loss, ".4g"),
-        statuses,
+        row.status,
     )
 
 
@@ -64,5 +60,4 @@ def _spread(spread: Spread | None, form: str) -> str:
 
 def escape(text: str) -> str:
     """Names and overrides come from other people: in Markdown they are text and nothing else."""
-    clean = "".join(one if one.isprintable() else " " for one in text)
-    return re.sub(r"([\\`*_\[\]<>#|~&$])", r"\\\1", clean)
+    return re.sub(r"([\\`*_\[\]<>#|~&$])", r"\\\1", clean(text))

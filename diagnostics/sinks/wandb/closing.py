@@ -109,7 +109,7 @@ def _objects(run: Run, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "report/violations", partial(_table, VIOLATIONS, _violations(run))
     recorded: dict[str, list[int]] = {}
     for place, record in enumerate(run.records):
-        if any(norm is not None for norm in record.layers.values("output.norm")):
+        if record.recorded and any(norm is not None for norm in record.layers.values("output.norm")):
             recorded.setdefault(record.optimizer, []).append(place)
     for optimizer, places in recorded.items():
         yield f"report/{within(optimizer)}profile", partial(_lines, run, places)
