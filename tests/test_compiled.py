@@ -197,6 +197,28 @@ def test_a_graph_that_is_compiled_anew_for_another_shape_tells_too():
         assert [told(record) for record in compiled] == [told(record) for record in eager]
 
 
+def test_a_model_that_ran_before_it_was_compiled_tells_after_a_new_shape_at_a_step_that_is_not_recorded():
+    model = Residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, sinks=[], every=10) as monitor:
+        records = []
+
+        def step(size, *, recorded):
+            monitor._watcher.recording = recorded
+            optimizer.zero_grad()
+            model(torch.randn(size, 4))["logits"].square().mean().backward()
+            records.append(monitor.clip_and_step())
+
+        step(8, recorded=True)
+        by_method(model, dynamic=False)
+        step(8, recorded=True)
+        step(5, recorded=False)
+        step(5, recorded=True)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    seen = [all(one.output is not None for one in record.layers) for record in records]
+    assert seen == [True, True, False, True]
+
+
 @pytest.mark.parametrize("how", [by_function, by_method])
 def test_equal_models_share_their_graph_and_each_tells_of_itself(how):
     """Dynamo keeps eight graphs of a function and no more: a sweep in one process trains more models than that."""
