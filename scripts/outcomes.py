@@ -6,7 +6,8 @@ python scripts/outcomes.py heal    trains sick runs with the first remedy of the
 
 With --held-out they do the same for held_out_cases.csv, with other seeds: configurations that no threshold and no
 remedy was chosen on. Their labels are in held_out.csv, the rest in held_out_agreement and held_out_healing. Once their
-misses were looked at, --held-out second holds out others: second_held_out_cases.csv and so on.
+misses were looked at, --held-out second holds out others: second_held_out_cases.csv and so on. The third set's
+configurations were drawn at random, from wider ranges.
 
 Run logs are kept: training happens once, and judging again, with other thresholds, takes seconds.
 """
@@ -68,7 +69,10 @@ def heal_runs(runs: Runs, table: Table) -> None:
 SECOND = Table(
     "second_held_out_cases.csv", "second_held_out.csv", "second_held_out_agreement", "second_held_out_healing", (5, 6)
 )
-HELD_OUT_TABLES = {"first": HELD_OUT, "second": SECOND}
+THIRD = Table(
+    "third_held_out_cases.csv", "third_held_out.csv", "third_held_out_agreement", "third_held_out_healing", (7, 8)
+)
+HELD_OUT_TABLES = {"first": HELD_OUT, "second": SECOND, "third": THIRD}
 STAGES = {"label": label_runs, "judge": judge_runs, "heal": heal_runs}
 
 if __name__ == "__main__":
