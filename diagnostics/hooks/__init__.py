@@ -251,10 +251,10 @@ class Watcher:
         task = _graph_task()
         if task == _NO_BACKWARD:
             self._settle()
-            points = self.forward.called(index, (args, kwargs), output)
+            points = self.forward.called(index, (*args, *kwargs.values()), output)
         else:  # a checkpointed segment runs again: its calls are known, and only a reentrant one has new output tensors
             self._enter(task)
-            points = self.forward.called_again(index, (args, kwargs), output)
+            points = self.forward.called_again(index, (*args, *kwargs.values()), output)
         for point in points:
             self._listen(point)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -240,7 +240,7 @@ def _ends(root: str) -> bool:
     return True
 
 
-def _plan(points: Iterator[Point]) -> int:
+def _plan(points: Sequence[Point]) -> int:
     """Which of the tensors at hand are listened to; a point that is at none of them is not."""
     tensors = [*_trace.given, *_trace.made]
     plan = [_NOT_LISTENED_TO] * len(tensors)

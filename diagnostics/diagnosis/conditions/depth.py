@@ -40,7 +40,8 @@ def slope(case: Case) -> Iterator[Diagnosis]:
         "depths": fit.depths,
     }
     rate = f"{abs(fit.slope):.2f} decades per layer on the way back, {fit.decades:.1f} over {fit.depths} layers"
-    first = next((one.layer.depth for one in case.layers if one.output is not None), None)
+    seen = zip(case.record.layers.layers, case.values("output.norm"), strict=True)
+    first = next((layer.depth for layer, norm in seen if norm is not None), None)
     if fit.slope > 0:
         message = (
             f"the gradient grows by {rate}. The first layers are thrown about; clipping bounds the step and leaves "
@@ -84,12 +85,7 @@ def dead(case: Case) -> Iterator[Diagnosis]:
     A layer without a gradient of its own (frozen, unused, a later step of an unrolled cell) is not judged, and nothing
     is where the loss itself has no gradient left. Source: Lu et al., Dying ReLU and Initialization, 2019.
     """
-    measured = any(norm is not None for norm in case.values("output.norm"))
-    silent = [one for one in case.trunk if _is_zero(one, measured=measured)] if 0 in case.values("weight.norm") else []
-    above = [one for one in case.trunk if silent and has_gradient(one) and one.layer.depth > silent[-1].layer.depth]
-    while silent and not above:  # the last layers have nothing to pass on, which is no fault of theirs
-        silent.pop()
-        above = [one for one in case.trunk if silent and has_gradient(one) and one.layer.depth > silent[-1].layer.depth]
+    silent, above = _silent(case) if 0 in case.values("weight.norm") else ([], [])
     if not silent:
         yield from _dead_units(case)
         return
@@ -150,6 +146,18 @@ def _update_ratios(case: Case, *, branches: bool) -> tuple[list[float], list[Lay
     if len(known) < 3:
         return [], []
     return [math.log10(max(ratio, _ROUNDED_BACK)) for _, ratio in known], [layer for layer, _ in known]
+
+
+def _silent(case: Case) -> tuple[list[LayerRecord], list[LayerRecord]]:
+    """Layers of the trunk that get exact zeros while later ones have a gradient, and those later ones."""
+    trunk, measured = case.trunk, any(norm is not None for norm in case.values("output.norm"))
+    silent = [one for one in trunk if _is_zero(one, measured=measured)]
+    while silent:
+        above = [one for one in trunk if has_gradient(one) and one.layer.depth > silent[-1].layer.depth]
+        if above:
+            return silent, above
+        silent.pop()  # the last layers have nothing to pass on, which is no fault of theirs
+    return [], []
 
 
 def _is_zero(one: LayerRecord, *, measured: bool) -> bool:
