@@ -66,7 +66,9 @@ class GradientStats:
         zero_fraction: Share of exact zeros, from a sample of at most 1,024 elements.
         underflow_fraction: Share of elements that are not zero but smaller in magnitude than the smallest normal number
             of the gradient's own dtype, from the same sample.
-        nonfinite: Number of NaN and infinite elements.
+        nonfinite: Number of NaN and infinite elements; of an output gradient of more than 65,536 elements estimated
+            from the same sample, and at least 1 where there is one. Such a gradient's norm comes from the sample too
+            where fp32 does not hold it: below 1e-15 or above 1e15.
         underflow_fp16_fraction: Share of elements that are not zero but smaller in magnitude than 6.1e-5, the smallest
             normal number of fp16, from the same sample: what a pass in fp16 would round or lose. Under a loss scaler an
             output gradient is judged as it is, scaled. bf16 has the range of fp32, so there is no such number for it.

@@ -36,15 +36,21 @@ def half_dead():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.lists(st.booleans(), min_size=5, max_size=5), st.booleans()), min_size=1, max_size=25))
+@given(
+    st.lists(
+        st.tuples(st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from(["no", "beside", "apart"])),
+        min_size=1,
+        max_size=25,
+    )
+)
 def test_streaks_are_those_of_a_list_kept_by_hand(steps):
-    """The second weight is not there at every step."""
+    """The second weight is not there at every step, nor always beside the first."""
     units, history = DeadUnits({"one": 0, "other": 0}), {"one": [], "other": []}
     for zero, there in steps:
-        given_now = {"one": zero, **({"other": zero[:2]} if there else {})}
-        found = units.update(
-            {name: torch.tensor([0.0 if one else 1.5 for one in row]) for name, row in given_now.items()}
-        )
+        given_now = {"one": zero, **({"other": zero[::-1]} if there != "no" else {})}
+        sizes = {name: torch.tensor([0.0 if one else 1.5 for one in row]) for name, row in given_now.items()}
+        groups = [tuple(sizes)] if there == "beside" else [(name,) for name in sizes]
+        found = units.update({names: torch.stack([sizes[name] for name in names]) for names in groups})
         for name, row in given_now.items():
             history[name].append(row)
         expected = {}

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from diagnostics.monitor.assembly import profiled
 from diagnostics.statistics import (
     UPDATE_SAMPLE,
     exact_norms,
@@ -22,11 +23,15 @@ from diagnostics.statistics import (
     pack,
     parameter_norms,
     sample,
+    spread,
+    spread_size,
     total_norm,
     trusted,
 )
-from diagnostics.statistics.magnitudes import FRACTION_SAMPLE, Profile, profiles, take_apart
+from diagnostics.statistics.magnitudes import FRACTION_SAMPLE, Profile, profiles, safe_norm, take_apart
 from diagnostics.statistics.reading import Reader
+from diagnostics.statistics.samples import Samples
+from diagnostics.statistics.stacks import Stacks
 
 PROPERTY = settings(deadline=None, max_examples=100)
 NORM_TYPES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, math.inf)
@@ -249,10 +254,14 @@ class TestSample:
         seen = torch.bincount(sample(matrix, limit), minlength=columns)
         assert seen.max() - seen.min() <= 1
 
-    @pytest.mark.parametrize("limit", [FRACTION_SAMPLE, UPDATE_SAMPLE])
-    def test_the_limits_of_the_records_are_kept(self, limit: int) -> None:
+    @pytest.mark.parametrize(
+        ("limit", "taken"),
+        [(FRACTION_SAMPLE, lambda tensor: sample(tensor, FRACTION_SAMPLE)), (UPDATE_SAMPLE, spread)],
+    )
+    def test_the_limits_of_the_records_are_kept(self, limit: int, taken) -> None:
         sizes = [*range(limit - 1, limit + 40), 2 * limit, 2 * limit + 1, 3 * limit - 1, 30030, 510510, 2**20, 10**6]
-        assert max(sample(torch.empty(size), limit).numel() for size in sizes) <= limit
+        found = [taken(torch.empty(size)).numel() for size in sizes]
+        assert 0 < min(found) <= max(found) <= limit
 
     def test_it_is_a_view_of_a_contiguous_tensor(self) -> None:
         tensor = torch.zeros(100, 100)
@@ -261,6 +270,82 @@ class TestSample:
     def test_it_is_the_same_part_every_time(self) -> None:
         tensor = torch.randn(100, 100)
         assert torch.equal(sample(tensor, 1000), sample(tensor.clone(), 1000))
+
+
+class TestLargeProfiles:
+    """More than 65,536 elements are looked at once, in fp32; where that has not held the norm a sample says it."""
+
+    @pytest.mark.parametrize("size", [1e-44, 1e-36, 1e-24, 1e-18, 1e-12, 1.0, 1e12, 1e18, 1e30, 1e36])
+    def test_a_large_gradient_of_any_size_has_a_norm(self, size: float) -> None:
+        torch.manual_seed(0)
+        gradient = torch.rand(300, 300).add_(1).mul_(size)
+        found = Profile(*profile(gradient).tolist())
+        held = 1e-14 < size < 1e12
+        assert found.norm == pytest.approx(true_norm(gradient), rel=1e-5 if held else 0.05)
+        assert safe_norm(gradient).item() == pytest.approx(true_norm(gradient), rel=1e-5 if held else 0.05)
+
+    def test_one_element_that_the_sample_misses_is_no_zero(self) -> None:
+        gradient = torch.zeros(300, 300)
+        gradient[299, 298] = 1e-30
+        assert profile(gradient)[0].item() == pytest.approx(1e-30)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.1), (torch.complex64, 0.1)]
+    )
+    def test_other_types_have_theirs(self, dtype: torch.dtype, tolerance: float) -> None:
+        torch.manual_seed(0)
+        gradient = torch.randn(300, 300).to(dtype) * 1e-20
+        assert profile(gradient)[0].item() == pytest.approx(true_norm(gradient), rel=tolerance)
+
+    def test_of_non_finite_elements_there_are_as_many_as_the_sample_says_and_never_none(self) -> None:
+        gradient = torch.ones(300, 300)
+        gradient[:150] = math.nan
+        found = profiled([gradient.numel()], profiles([take_apart(gradient)]).flatten().tolist())
+        assert found.nonfinite == [pytest.approx(45_000, rel=0.05)]
+        gradient[:] = 1.0
+        gradient[299, 298] = math.inf
+        found = profiled([gradient.numel()], profiles([take_apart(gradient)]).flatten().tolist())
+        assert (found.nonfinite, found.norm) == ([1], [math.inf])
+
+
+class TestSpread:
+    """Runs of neighbours in place of single elements, where an estimate of a norm is all that is wanted."""
+
+    @PROPERTY
+    @given(st.integers(1, 100_000))
+    def test_it_takes_as_many_elements_as_it_says_and_none_twice(self, numel: int) -> None:
+        seen = spread(torch.arange(numel)).flatten().tolist()
+        assert len(seen) == len(set(seen)) == spread_size(numel)
+
+    @pytest.mark.parametrize("columns", [16, 64, 100, 256, 384, 768, 1000])
+    def test_every_column_of_a_weight_is_seen_about_equally_often(self, columns: int) -> None:
+        seen = torch.bincount(spread(torch.arange(columns).expand(300, columns)).flatten(), minlength=columns)
+        assert seen.min() >= 0.5 * seen.float().mean()
+        assert seen.max() <= 2 * seen.float().mean()
+
+    def test_rows_of_very_different_size_enter_by_their_share(self) -> None:
+        torch.manual_seed(0)
+        weight = torch.randn(512, 300) * torch.logspace(-2, 0, 512)[:, None]
+        estimate = spread(weight).norm() * math.sqrt(weight.numel() / spread_size(weight.numel()))
+        assert estimate.item() == pytest.approx(weight.norm().item(), rel=0.1)
+
+    def test_samples_of_many_kinds_come_back_in_their_order(self) -> None:
+        torch.manual_seed(0)
+        shapes = [(8, 4), (100, 100), (), (8, 4), (0,), (70, 70), (100, 100), (8, 4), (8, 4)]
+        tensors = [torch.randn(shape) for shape in shapes]
+        tensors += [torch.randn(3, dtype=torch.float64), torch.randn(5, dtype=torch.complex64)]
+        before = Samples(Stacks(tensors))
+        parts = [spread(one).clone() for one in tensors]
+        assert before.norms().tolist() == pytest.approx([one.norm().item() for one in parts], rel=1e-6)
+        assert before.peaks().tolist() == pytest.approx([max(one.abs().flatten().tolist(), default=0) for one in parts])
+        sums = [torch.view_as_real(one).sum() if one.is_complex() else one.sum() for one in parts]
+        roots = [math.sqrt(max(1, one.numel())) for one in parts]
+        wanted = [total.item() / root for total, root in zip(sums, roots, strict=True)]
+        assert before.projections().tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+        for place, one in enumerate(tensors):
+            one.add_(place)
+        moved = [(spread(now) - old).norm().item() for now, old in zip(tensors, parts, strict=True)]
+        assert before.moved(tensors).tolist() == pytest.approx(moved, rel=1e-6)
 
 
 class TestReader:

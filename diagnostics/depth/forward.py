@@ -193,7 +193,7 @@ class Forward:
         *,
         fused: bool,
     ) -> list[Point]:
-        """Where the gradients of a call's results and of what it read arrive, each tensor with the node that made it."""
+        """Where the gradients of what a call read and made arrive; each tensor with the node that made it."""
         self._serial += 1
         one.attached[call] = self._serial
         role = Role(OUTPUT, call, self._serial)
@@ -202,9 +202,7 @@ class Forward:
         found += [self._point(one, tensor, node, role, fused=fused) for tensor, node in inputs]
         return [point for point in found if point is not None]
 
-    def _point(
-        self, one: _Pass, place: Tensor | Node, node: Node, role: Role, *, fused: bool = False
-    ) -> Point | None:
+    def _point(self, one: _Pass, place: Tensor | Node, node: Node, role: Role, *, fused: bool = False) -> Point | None:
         """A place that is new; one that is known gets one more role."""
         key = (node, 0 if place is node else place.output_nr)
         known = one.roles.get(key)

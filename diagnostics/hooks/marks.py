@@ -6,7 +6,6 @@ optimizer, so it is enough to look at the two that a backward pass begins and en
 
 from __future__ import annotations
 
-import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -148,4 +147,4 @@ def _look(present: Sequence[tuple[int, Tensor]]) -> Look:
     if not present:
         return Look()
     samples = [statistics.sample(tensor, magnitudes.FRACTION_SAMPLE) for _, tensor in present]
-    return Look(tuple(index for index, _ in present), statistics.parameter_norms(samples, math.inf))
+    return Look(tuple(index for index, _ in present), statistics.pack([*map(statistics.largest, samples)]))

@@ -9,7 +9,7 @@ import math
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from diagnostics.records import Column, Layer
@@ -155,6 +155,8 @@ def profiled(numel: Sequence[int], profiles: Numbers, scale: float = 1.0) -> Gra
     count = len(numel)
     norms, peaks, zero, own, fp16, nonfinite = (profiles[row * count : (row + 1) * count] for row in range(6))
     norms = [norm if math.isfinite(peak) else peak for norm, peak in zip(norms, peaks, strict=True)]
+    broken = zip(nonfinite, peaks, strict=True)  # a sample may have missed the only one
+    nonfinite = [0 if math.isfinite(peak) else max(1, round(count)) for count, peak in broken]
     return Gradients(numel, norms, nonfinite, peaks, zero, own, fp16).divided(scale)
 
 
@@ -224,34 +226,57 @@ class Update:
         )
 
 
-@dataclass(slots=True)
 class Around:
-    """What passed back through one layer at a step.
+    """What passed back through the layers at a step, by the calls that they are."""
 
-    Attributes:
-        outputs: Places of the gradients of its outputs.
-        inputs: Norms of the gradients of its inputs by the serial number of the call.
-        made: Norms of those of its outputs, likewise.
-        stream: Size and norm of the gradients of the stream behind the branch that it ends.
-    """
+    def __init__(self) -> None:
+        self._outputs: dict[Call, list[int]] = {}
+        self._made: dict[tuple[Call, int], float] = {}  # norms by call and serial number of the pass that it was in
+        self._read: dict[tuple[Call, int], float] = {}
+        self._stream: dict[Call, tuple[int, float]] = {}
 
-    outputs: list[int] = field(default_factory=list)
-    inputs: dict[int, list[float]] = field(default_factory=dict)
-    made: dict[int, list[float]] = field(default_factory=dict)
-    stream: list[tuple[int, float]] = field(default_factory=list)
+    def add(self, roles: Iterable[tuple[str, Call, int]], numel: int, norm: float, place: int | None = None) -> None:
+        """Takes a gradient.
 
-    @property
-    def gain(self) -> float | None:
-        """Norm at the inputs over norm at the outputs, over those calls that have both."""
-        both = self.inputs.keys() & self.made.keys()
-        made = math.hypot(*(norm for serial in both for norm in self.made[serial]))
-        read = math.hypot(*(norm for serial in both for norm in self.inputs[serial]))
-        return read / made if 0 < made < math.inf else None
+        Args:
+            roles: What it is to which layers, see :class:`diagnostics.depth.forward.Role`.
+            numel: Number of elements.
+            norm: Euclidean norm.
+            place: Of what else is known of it.
+        """
+        for kind, call, serial in roles:
+            if kind == "stream":
+                size, other = self._stream.get(call, (0, 0.0))
+                self._stream[call] = size + numel, math.hypot(other, norm)
+                continue
+            norms, key = self._made if kind == "output" else self._read, (call, serial)
+            norms[key] = math.hypot(norms[key], norm) if key in norms else norm
+            if kind == "output" and place is not None:
+                self._outputs.setdefault(call, []).append(place)
 
-    def stream_rms(self, scale: float) -> float | None:
-        """Root mean square of the stream's gradient, divided by the loss scale."""
-        numel = sum(size for size, _ in self.stream)
-        return math.hypot(*(norm for _, norm in self.stream)) / scale / math.sqrt(numel) if numel else None
+    def outputs(self, calls: Iterable[Call]) -> list[Sequence[int]]:
+        """The places of the gradients of each call's outputs."""
+        return [self._outputs.get(call, ()) for call in calls]
+
+    def columns(self, calls: Sequence[Call], scale: float) -> dict[str, Column]:
+        """What is known of the layers beside their output gradients.
+
+        The gain is the norm at the inputs over that at the outputs, over those passes that have both.
+
+        Args:
+            calls: The layers' calls.
+            scale: The loss scale.
+        """
+        sums: dict[Call, tuple[float, float]] = {}
+        for key, read in self._read.items():
+            if key in self._made:
+                before = sums.get(key[0])
+                pair = read, self._made[key]
+                sums[key[0]] = pair if before is None else (math.hypot(before[0], read), math.hypot(before[1], pair[1]))
+        gains = {call: read / made for call, (read, made) in sums.items() if 0 < made < math.inf}
+        streams = {call: norm / scale / math.sqrt(size) for call, (size, norm) in self._stream.items() if size}
+        columns = {name: Column.of(map(found.get, calls)) for name, found in (("gain", gains), ("stream_rms", streams))}
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 def number_column(
@@ -259,15 +284,6 @@ def number_column(
 ) -> dict[str, Column]:
     """One number for each layer that has any."""
     return {name: groups.column(groups.fold(values, combine))} if groups.rows else {}
-
-
-def around_columns(around: Sequence[Around], scale: float) -> dict[str, Column]:
-    """What passed back through the layers, beside their output gradients."""
-    found = {
-        "gain": Column.of(one.gain for one in around),
-        "stream_rms": Column.of(one.stream_rms(scale) for one in around),
-    }
-    return {name: column for name, column in found.items() if column is not None}
 
 
 def update_ratios(groups: Groups, norms: Numbers, moved: Numbers) -> list[float | None]:

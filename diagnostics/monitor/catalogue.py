@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import weakref
@@ -130,7 +131,8 @@ class Catalogue:
             if len(self._rosters) == _SEVERAL:
                 self._rosters.clear()
             names, sizes = tuple(self.names[index] for index in key), tuple(tensor.numel() for tensor in tensors)
-            factors = tuple(statistics.sample_factor(size, statistics.UPDATE_SAMPLE) for size in sizes)
+            taken = tuple(map(statistics.spread_size, sizes))
+            factors = tuple(math.sqrt(size / part) if part else 1.0 for size, part in zip(sizes, taken, strict=True))
             layout = Layout(sizes, [tensor.shape for tensor in tensors])
             resolutions = tuple(statistics.resolution(tensor.dtype) for tensor in tensors)
             self._rosters[key] = Roster(key, names, sizes, factors, layout, resolutions)

@@ -19,12 +19,10 @@ from diagnostics.contract.rules.clips import EXCESS
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp
 from diagnostics.monitor.assembly import (
-    Around,
     Gradients,
     Groups,
     Table,
     Update,
-    around_columns,
     gradient_columns,
     number_column,
     update_ratios,
@@ -35,6 +33,7 @@ from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, Column, Layers
 from diagnostics.statistics.reading import Reader, Reading
 from diagnostics.statistics.samples import Samples
+from diagnostics.statistics.stacks import Stacks
 
 NEGLIGIBLE = 1e-4
 """A gradient so much smaller than the optimizer's largest is not expected to move its parameter."""
@@ -142,10 +141,10 @@ class Observation:
         self._recording = Recording(reader, self.passes, names, stacks, catalogue.dead) if recorded else None
         self._held = _trainable(held) if recorded else []
         self._held_roster = catalogue.roster(self._held) if recorded else EMPTY
-        self._before = Samples(self._held, self._held_roster.layout)
+        self._before = Samples(Stacks(self._held, self._held_roster.layout))
         self._weight_norms = self._before.norms()
         self._weights = reader.ask(self._weight_norms)
-        self._sampled_peaks = reader.ask(statistics.sampled_peaks(stacks)) if recorded else None
+        self._sampled_peaks = reader.ask(Samples(stacks).peaks()) if recorded else None
         self._places = unit.rate_places(self._held) if recorded else []
         self._moved: Reading | None = None
         self.compared: Compared | None = None
@@ -191,7 +190,7 @@ class Observation:
         gradients = {self.indices[place]: norm for place, norm in self.clipping.measured.items()}
         held = self._held_roster.indices
         norms = dict(zip(held, self._weight_norms.unbind(), strict=True))
-        return gradients, norms, dict(zip(held, self._before.projections(), strict=True))
+        return gradients, norms, dict(zip(held, self._before.projections().unbind(), strict=True))
 
     def sampled_norms(self) -> dict[int, float]:
         """The norm of each trainable parameter's sample before a recorded step, by index."""
@@ -209,7 +208,7 @@ class Observation:
         if not self.recorded:
             return
         self._moved = self.reader.ask(self._before.moved(self._held))
-        self._before = Samples(())
+        self._before = Samples(Stacks(()))
 
     def release(self) -> None:
         """After the step: lets go of the gradients, of which nothing but numbers is wanted any more."""
@@ -233,13 +232,12 @@ class Observation:
         norms = held.estimated(self._weights.values)
 
         def measured() -> dict[str, Column]:
-            found, outputs = around()
-            nearby = [found.get(call) or Around() for call in table.calls]
+            passed, outputs = around()
             weights, judged = table.groups(held.names), table.groups(tuple(dead))
             return {
-                **gradient_columns("output", Groups([one.outputs for one in nearby]), outputs),
+                **gradient_columns("output", Groups(passed.outputs(table.calls)), outputs),
                 **gradient_columns("weight", table.groups(own), gradients),
-                **around_columns(nearby, scale),
+                **passed.columns(table.calls, scale),
                 **number_column("weight_norm", weights, norms, math.hypot),
                 **number_column("dead_fraction", judged, [*dead.values()], max),
             }

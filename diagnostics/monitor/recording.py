@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from diagnostics import statistics
-from diagnostics.depth import Call
-from diagnostics.depth.forward import INPUT, OUTPUT, Role
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor.assembly import Around, Gradients, profiled
 from diagnostics.statistics import magnitudes
@@ -49,7 +46,7 @@ class Recording:
         self._shares = reader.ask(statistics.pack([one.share for one in measured if one.share is not None]))
         dims = {place: dead.units[name] for place, name in enumerate(names) if name in dead.units}
         rows = unit_sizes(gradients, dims)
-        self._judged, shares = dead.update({names[place]: row for place, row in rows.items()})
+        self._judged, shares = dead.update({tuple(names[place] for place in places): sizes for places, sizes in rows})
         self._dead = reader.ask(shares)
         self.peaks = reader.ask(magnitudes.peaks(gradients, rows))
         self.fractions = reader.ask(magnitudes.fractions(gradients))
@@ -58,7 +55,7 @@ class Recording:
         """The share of dead units by name of the weight."""
         return dict(zip(self._judged, self._dead.values, strict=True))
 
-    def around(self, scale: float) -> Callable[[], tuple[dict[Call, Around], Gradients]]:
+    def around(self, scale: float) -> Callable[[], tuple[Around, Gradients]]:
         """Makes what passed back through the layers from numbers alone, later: a record must not keep tensors alive.
 
         Args:
@@ -67,30 +64,14 @@ class Recording:
         made, read = self._made, self._read
         profiles, norms, shares = self._profiles.values, self._norms.values, self._shares.values
 
-        def make() -> tuple[dict[Call, Around], Gradients]:
-            found: dict[Call, Around] = defaultdict(Around)
+        def make() -> tuple[Around, Gradients]:
+            around = Around()
             for place, (roles, numel, _) in enumerate(made):
-                for around in _sorted_in(found, roles, numel, profiles[place]):
-                    around.outputs.append(place)
+                around.add(roles, numel, profiles[place], place)
             for (roles, numel), norm in zip(read, norms, strict=True):
-                _sorted_in(found, roles, numel, norm)
+                around.add(roles, numel, norm)
             outputs = profiled([numel for _, numel, _ in made], profiles, scale)
             fused = (place for place, one in enumerate(made) if one[2])
-            return found, outputs.without_empty(dict(zip(fused, shares, strict=True))) if shares else outputs
+            return around, outputs.without_empty(dict(zip(fused, shares, strict=True))) if shares else outputs
 
         return make
-
-
-def _sorted_in(found: dict[Call, Around], roles: Sequence[Role], numel: int, norm: float) -> list[Around]:
-    """Adds a gradient to the layers that it tells of; returns those whose output it is."""
-    made = []
-    for role in roles:
-        around = found[role.call]
-        if role.kind == OUTPUT:
-            around.made.setdefault(role.serial, []).append(norm)
-            made.append(around)
-        elif role.kind == INPUT:
-            around.inputs.setdefault(role.serial, []).append(norm)
-        else:
-            around.stream.append((numel, norm))
-    return made

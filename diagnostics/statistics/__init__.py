@@ -18,6 +18,8 @@ from torch import Tensor
 from diagnostics.statistics.stacks import Stacks
 
 UPDATE_SAMPLE = 4096
+RUN = 16
+"""So many numbers of fp32 are a line of the cache."""
 TRUSTED_DECADES = 30.0
 """fp32 reaches 38 decades down and up from 1; a sum of powers this far out is held with room to spare."""
 
@@ -179,45 +181,33 @@ def sample(tensor: Tensor, limit: int) -> Tensor:
     return flat if flat.numel() <= limit else flat[:: stride(flat.numel(), limit)]
 
 
-def sample_factor(numel: int, limit: int) -> float:
-    """From the 2-norm of a tensor's sample to an estimate of the whole's.
+def spread(tensor: Tensor) -> Tensor:
+    """A fixed, evenly spread part of a tensor, of at most ``UPDATE_SAMPLE`` elements: all of it, or runs of neighbours.
+
+    Where every seventeenth element is looked at one by one, all of the memory is read; runs as long as a line of the
+    cache read a part of it. How far they lie apart is a prime, as in :func:`sample`.
+
+    Returns:
+        Shape ``[runs, RUN]``, a view where the tensor is contiguous; one-dimensional where it is the whole tensor.
 
     Example:
-        >>> sample_factor(4, 4), sample_factor(9, 5)
-        (1.0, 1.3416407864998738)
+        >>> spread(torch.zeros(3, 2)).shape, spread(torch.zeros(100, 100)).shape
+        (torch.Size([6]), torch.Size([244, 16]))
     """
-    taken = numel if numel <= limit else math.ceil(numel / stride(numel, limit))
-    return math.sqrt(numel / taken) if taken else 1.0
+    flat = detached(dense(tensor)).reshape(-1)
+    return flat if flat.numel() <= UPDATE_SAMPLE else flat.unfold(0, RUN, stride(flat.numel(), UPDATE_SAMPLE // RUN))
 
 
-@torch.no_grad()
-def projection(tensor: Tensor) -> Tensor:
-    """The sum of all elements over the root of their number, which is at most the 2-norm.
-
-    Equal norms do not make equal tensors (orthogonal matrices all have the same); this tells them apart.
+def spread_size(numel: int) -> int:
+    """How many elements :func:`spread` takes of so many.
 
     Example:
-        >>> projection(torch.ones(4))
-        tensor(2.)
+        >>> spread_size(6), spread_size(10_000)
+        (6, 3904)
     """
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    total = values.sum(dtype=_accumulation_dtype(values.dtype))
-    return total / math.sqrt(max(1, tensor.numel()))
-
-
-@torch.no_grad()
-def sampled_peaks(stacks: Stacks) -> Tensor:
-    """The largest magnitude of every gradient in a sample of it; 0 for sparse ones, which are not looked at.
-
-    Example:
-        >>> sampled_peaks(Stacks([torch.tensor([1.0, -3.0]), torch.zeros(1)]))
-        tensor([3., 0.], dtype=torch.float64)
-    """
-
-    def of_rest(rest: Sequence[Tensor]) -> Tensor:
-        return pack([torch.zeros(()) if one.is_sparse else largest(sample(one, UPDATE_SAMPLE)) for one in rest])
-
-    return stacks.reduce(lambda rows: pack([largest(rows, 1)]), of_rest)
+    if numel <= UPDATE_SAMPLE:
+        return numel
+    return ((numel - RUN) // stride(numel, UPDATE_SAMPLE // RUN) + 1) * RUN
 
 
 def largest(values: Tensor, dim: int | None = None) -> Tensor:
@@ -261,11 +251,11 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device = next((tensor.device for tensor in full if tensor.device.type != "cpu"), full[0].device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    if len({(tensor.device, tensor.dtype, tensor.dim()) for tensor in full}) == 1 and full[0].dim() <= 1:
-        alike: Tensor = (torch.cat if full[0].dim() else torch.stack)(full)
-        return alike.to(device, dtype)  # one conversion for all
+    flat = [tensor.reshape(-1) for tensor in full]
+    if len({(tensor.device, tensor.dtype) for tensor in full}) == 1:
+        return (torch.cat(flat) if len(flat) > 1 else flat[0]).to(device, dtype)  # one conversion for all
     # What comes from the host need not be waited for; the device is the host only where all tensors are there.
-    return torch.cat([tensor.to(device, dtype, non_blocking=True).reshape(-1) for tensor in full])
+    return torch.cat([tensor.to(device, dtype, non_blocking=True) for tensor in flat])
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.statistics import largest, pack
-from diagnostics.statistics.magnitudes import SMALL, is_quick, real_values, shares_by_part
+from diagnostics.statistics.magnitudes import real_values
 from diagnostics.statistics.stacks import Stacks
 
 DEAD_WINDOW = 10
@@ -23,7 +23,7 @@ class DeadUnits:
 
     Example:
         >>> units = DeadUnits({"weight": 0})
-        >>> rows = {"weight": torch.tensor([0.0, 2.0])}
+        >>> rows = {("weight",): torch.tensor([[0.0, 2.0]])}
         >>> for _ in range(9):
         ...     names, shares = units.update(rows)
         >>> names
@@ -34,39 +34,46 @@ class DeadUnits:
 
     def __init__(self, units: Mapping[str, int]) -> None:
         self.units = units
-        self._streaks: dict[str, Tensor] = {}
         self._seen: dict[str, int] = {}
-        self._newest: tuple[list[str], Tensor] = ([], torch.zeros(0))  # the same streaks once more, all together
+        self._streaks: dict[tuple[str, ...], Tensor] = {}
+        self._others: dict[str, Tensor] = {}  # of weights that the newest step has not judged
 
     @torch.no_grad()
-    def update(self, rows: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+    def update(self, rows: Mapping[tuple[str, ...], Tensor]) -> tuple[list[str], Tensor]:
         """Takes one recorded step.
 
         Args:
-            rows: Name of a weight to one number per unit that is zero where its gradient is, as
-                :func:`row_sizes` gives them. What is not in it is not judged by this step.
+            rows: Names of weights with equally many units to a number per weight and unit, shape ``[weights, units]``,
+                that is zero where its gradient is. What is not in it is not judged by this step.
 
         Returns:
             The weights that have been seen often enough, and the share of their units that are dead.
         """
-        if not rows:
-            return [], torch.zeros(0)
-        sizes = [len(numbers) for numbers in rows.values()]
-        zero = pack([*rows.values()]) == 0
-        names, (newest, streaks) = list(rows), self._newest
-        if names != newest:
-            before = zip(map(self._streaks.get, rows), sizes, strict=True)
-            streaks = torch.cat([torch.zeros(size, device=zero.device) if old is None else old for old, size in before])
-        streaks = (streaks + 1) * zero
-        self._newest = names, streaks
-        self._streaks |= zip(rows, torch.split(streaks, sizes), strict=True)
-        for name in rows:
-            self._seen[name] = self._seen.get(name, 0) + 1
-        known = [place for place, name in enumerate(rows) if self._seen[name] >= DEAD_WINDOW]
-        if not known:
-            return [], torch.zeros(0)
-        shares = shares_by_part((streaks >= DEAD_WINDOW)[None], sizes)[0]
-        return [names[place] for place in known], shares if len(known) == len(rows) else shares[known]
+        if rows.keys() != self._streaks.keys():
+            self._regroup(rows)
+        known: list[str] = []
+        shares = []
+        for names, sizes in rows.items():
+            streaks = self._streaks[names] = (self._streaks[names] + 1) * (sizes == 0)
+            seen = [self._seen.get(name, 0) + 1 for name in names]
+            self._seen.update(zip(names, seen, strict=True))
+            often = [place for place, times in enumerate(seen) if times >= DEAD_WINDOW]
+            if often:
+                known += [names[place] for place in often]
+                share = (streaks >= DEAD_WINDOW).view(torch.uint8).sum(1, dtype=torch.int32) / streaks.shape[1]
+                shares.append(share if len(often) == len(names) else share[often])
+        return known, pack(shares).float()
+
+    def _regroup(self, rows: Mapping[tuple[str, ...], Tensor]) -> None:
+        """Puts the streaks beside each other as the weights of this step are."""
+        for names, streaks in self._streaks.items():
+            self._others.update(zip(names, streaks.unbind(), strict=True))
+        self._streaks = {
+            names: torch.stack(
+                [self._others.pop(name, torch.zeros_like(row)) for name, row in zip(names, sizes.unbind(), strict=True)]
+            )
+            for names, sizes in rows.items()
+        }
 
 
 @torch.no_grad()
@@ -81,47 +88,48 @@ def row_share(gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unit_sizes(gradients: Stacks, unit_dims: Mapping[int, int]) -> dict[int, Tensor]:
-    """:func:`row_sizes` of some gradients by place; those of one shape by one kernel.
+def unit_sizes(gradients: Stacks, unit_dims: Mapping[int, int]) -> list[tuple[list[int], Tensor]]:
+    """For every unit of some weights the largest magnitude of its gradient, weights with as many units side by side.
 
     Args:
         gradients: All gradients.
-        unit_dims: Place of a weight to the dimension that counts its layer's units.
+        unit_dims: Place of a weight to the dimension that counts its layer's units; sparse ones are left out.
+
+    Returns:
+        Places of weights, and a tensor of shape ``[weights, units]``.
 
     Example:
-        >>> unit_sizes(Stacks([torch.ones(1), torch.tensor([[0.0, 0.0], [1.0, 0.0]])]), {1: 0})[1] == 0
-        tensor([ True, False])
+        >>> unit_sizes(Stacks([torch.ones(1), torch.tensor([[0.0, 0.0], [1.0, 0.0]])]), {1: 0})
+        [([1], tensor([[0., 1.]]))]
     """
-    found: dict[int, Tensor] = {}
+    found: list[tuple[list[int], Tensor]] = []
     for places, rows in zip(gradients.places, gradients.rows, strict=True):
         if all(unit_dims.get(place) == 0 for place in places):
             units = gradients.tensors[places[0]].shape[0]
-            sizes = largest(rows.reshape(len(places), units, -1), 2)
-            found.update(zip(places, sizes.unbind(), strict=True))
+            found.append((places, largest(real_values(rows).reshape(len(places), units, -1), 2)))
+    done = {place for places, _ in found for place in places}
+    alike: dict[tuple[torch.device, torch.dtype, int], list[tuple[int, Tensor]]] = {}
     for place, dim in unit_dims.items():
         gradient = gradients.tensors[place]
-        if place not in found and gradient.numel() and not gradient.is_sparse:
-            found[place] = row_sizes(gradient, dim)
-    return {place: found[place] for place in unit_dims if place in found}
+        if place not in done and gradient.numel() and not gradient.is_sparse:
+            sizes = row_sizes(gradient, dim)
+            alike.setdefault((sizes.device, sizes.dtype, len(sizes)), []).append((place, sizes))
+    return [
+        *found,
+        *(([place for place, _ in one], torch.stack([sizes for _, sizes in one])) for one in alike.values()),
+    ]
 
 
 def row_sizes(gradient: Tensor, unit_dim: int = 0) -> Tensor:
-    """For every unit of a weight a number that is zero where all of its gradient is, and nowhere else.
+    """For every unit of a weight the largest magnitude of its gradient, shape ``[units]``.
 
     Args:
         gradient: Dense, of at least two dimensions.
         unit_dim: The dimension that counts units.
-
-    Returns:
-        Shape ``[units]``: norms; of a large gradient peaks, of which ``magnitudes.peaks`` makes use.
 
     Example:
         >>> row_sizes(torch.tensor([[0.0, 0.0], [1e-30, 0.0]])) == 0
         tensor([ True, False])
     """
     values = real_values(gradient)
-    rows = (values.movedim(unit_dim, 0) if unit_dim else values).flatten(1)
-    if rows.numel() <= SMALL and is_quick(rows):
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        return norms
-    return largest(rows, 1)
+    return largest((values.movedim(unit_dim, 0) if unit_dim else values).flatten(1), 1)

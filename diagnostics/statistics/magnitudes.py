@@ -1,25 +1,38 @@
 """How large the elements of a gradient are: profiles, peaks, shares of zeros and of numbers that are too small.
 
 Tensor in, small tensor out; nothing here writes to its input or waits for the device. Sums of squares leave the range
-of fp32 where vanishing and exploding nets live, so norms are taken in float64 or relative to the peak.
+of fp32 where vanishing and exploding nets live, so norms are taken in float64, relative to the peak, or where they left
+it from a sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import HALF, dense, detached, largest, pack, parameter_norms, sample, stride
-from diagnostics.statistics.stacks import STACKED, Stacks, from_host
+from diagnostics.statistics import (
+    HALF,
+    TRUSTED_DECADES,
+    dense,
+    detached,
+    largest,
+    pack,
+    parameter_norms,
+    sample,
+    stride,
+)
+from diagnostics.statistics.stacks import STACKED, Stacks, from_host, in_order
 
 FRACTION_SAMPLE = 1024
 FP16_TINY = torch.finfo(torch.float16).tiny
 SMALL = 4096
-_QUICK = 65536
+_LARGE = 65536
+_HELD = TRUSTED_DECADES / 2
+"""Decades up and down from 1 in which fp32 holds the squares of what a norm is made of."""
 
 
 class Profile(NamedTuple):
@@ -37,8 +50,7 @@ class Parts(NamedTuple):
     """A gradient that will soon be gone, in few kernels; :func:`profiles` does the rest for many of them at once."""
 
     norm: Tensor
-    low: Tensor
-    high: Tensor
+    peak: Tensor
     nonfinite: Tensor
     sample: Tensor
 
@@ -49,7 +61,7 @@ def take_apart(gradient: Tensor) -> Parts | Tensor:
     Of a small plain gradient that is a copy, to be measured together with others of its shape.
     """
     if gradient.numel() <= STACKED and type(gradient) is Tensor and not (gradient.is_sparse or gradient.is_complex()):
-        return gradient.detach().clone(memory_format=torch.contiguous_format)
+        return detached(gradient).clone(memory_format=torch.contiguous_format)
     return _parts(gradient)
 
 
@@ -58,11 +70,18 @@ def _parts(gradient: Tensor) -> Parts:
     values = real_values(gradient)
     if values.numel() == 0:
         nothing = torch.zeros((), device=values.device)
-        return Parts(nothing, nothing, nothing, nothing, part)
+        return Parts(nothing, nothing, nothing, part)
     low, high = torch.aminmax(values)
-    nonfinite = torch.nan_to_num(values * 0, nan=1.0).sum()  # 0 * x is NaN just where x is not finite
-    norm = _quick_norm(values) if is_quick(values) else _scaled_norm(values, low, high)
-    return Parts(norm, low, high, nonfinite, part)
+    peak = torch.maximum(high, -low)
+    return Parts(_norm(values, peak), peak, _nonfinite(values, part), part)
+
+
+def _nonfinite(values: Tensor, part: Tensor) -> Tensor:
+    """How many elements are not finite; of a large gradient as many as its sample says."""
+    if values.numel() > _LARGE:
+        return _nonfinite(real_values(part), part) * (values.numel() / part.numel())
+    rest = values - values  # NaN just where the element is not finite
+    return torch.ne(rest, rest, out=rest).sum()
 
 
 def safe_norm(gradient: Tensor) -> Tensor:
@@ -72,8 +91,24 @@ def safe_norm(gradient: Tensor) -> Tensor:
         >>> safe_norm(torch.tensor([3e-30, 4e-30]))
         tensor(5.0000e-30, dtype=torch.float64)
     """
-    values = real_values(gradient)
-    return _quick_norm(values) if is_quick(values) else _scaled_norm(values, *torch.aminmax(values))
+    return _norm(real_values(gradient))
+
+
+def _norm(values: Tensor, peak: Tensor | None = None) -> Tensor:
+    """The Euclidean norm.
+
+    A large gradient's is taken in fp32. Where that has not held it, it is estimated from a sample: whoever looked again
+    would have to wait for the device first, and to look twice at all of them takes five times as long.
+    """
+    if is_quick(values):
+        norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+        return norm
+    if values.dtype == torch.float64 or values.device.type == "mps":
+        return _scaled_norm(values, largest(values) if peak is None else peak)
+    part, norm = sample(values, FRACTION_SAMPLE), torch.linalg.vector_norm(values)
+    estimate = torch.linalg.vector_norm(part, dtype=torch.float64) * math.sqrt(values.numel() / part.numel())
+    held = (norm > 10**-_HELD) & (norm < 10**_HELD)
+    return torch.where(held, norm.double(), estimate if peak is None else torch.maximum(estimate, peak))
 
 
 @torch.no_grad()
@@ -102,9 +137,9 @@ def profiles(parts: Sequence[Parts | Tensor]) -> Tensor:
 
 
 def _profiles_apart(parts: Sequence[Parts]) -> Tensor:
-    norms, lows, highs, nonfinite = (pack(column) for column in list(zip(*parts, strict=True))[:4])
+    norms, peaks, nonfinite = (pack(column) for column in list(zip(*parts, strict=True))[:3])
     shares = _fractions_apart([part.sample for part in parts]).to(norms.device)
-    return torch.stack([norms, torch.maximum(highs, -lows), *shares, nonfinite])
+    return torch.stack([norms, peaks, *shares, nonfinite])
 
 
 def _row_profiles(rows: Tensor) -> Tensor:
@@ -116,7 +151,8 @@ def _row_profiles(rows: Tensor) -> Tensor:
     else:
         scale = torch.where(top > 0, top, torch.ones_like(top))
         norms = torch.linalg.vector_norm(values / scale[:, None], dim=1) * scale
-    nonfinite = (values * 0 != 0).sum(1)
+    rest = values - values
+    nonfinite = torch.ne(rest, rest, out=rest).sum(1)
     wide = norms.dtype
     return torch.stack([norms, top.to(wide), *_row_fractions(rows).to(wide), nonfinite.to(wide)])
 
@@ -129,49 +165,48 @@ def real_values(gradient: Tensor) -> Tensor:
 
 
 def is_quick(values: Tensor) -> bool:
-    """Whether a norm in float64 holds the squares, and costs no more than one that is taken relative to the peak."""
-    return values.dtype == torch.float32 and values.numel() <= _QUICK and values.device.type != "mps"
+    """Whether a norm in float64, which holds the squares, takes no longer than another pass over the memory."""
+    small = values.numel() <= _LARGE or values.device.type == "cuda"
+    return values.dtype == torch.float32 and small and values.device.type != "mps"
 
 
-def _quick_norm(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return norm
-
-
-def _scaled_norm(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _scaled_norm(values: Tensor, peak: Tensor) -> Tensor:
     """The Euclidean norm relative to the peak."""
-    peak = torch.maximum(high, -low)
     relative = torch.linalg.vector_norm(values / torch.where(peak > 0, peak, torch.ones_like(peak)))
     return pack([relative]) * pack([peak])
 
 
 @torch.no_grad()
-def peaks(gradients: Stacks, rows: Mapping[int, Tensor] | None = None) -> Tensor:
+def peaks(gradients: Stacks, rows: Sequence[tuple[Sequence[int], Tensor]] = ()) -> Tensor:
     """The largest magnitude of every gradient, shape ``[len(gradients)]``; NaN where there is one.
 
     Small gradients share a kernel. For large ones the inf-norm takes ten times as long as a look at both ends.
 
     Args:
         gradients: Tensors.
-        rows: Place of a gradient to peaks by row, where those are known: a large one's ``dead.row_sizes``.
+        rows: What ``dead.unit_sizes`` has found of some of them.
 
     Example:
         >>> peaks(Stacks([torch.tensor([1.0, -3.0])]))
         tensor([3.], dtype=torch.float64)
     """
-    known = [(rows or {}).get(place) for place in gradients.apart]
-    return gradients.reduce(lambda stack: pack([largest(stack, 1)]), lambda rest: _peaks_apart(rest, known))
+
+    def of_rest(_rest: Sequence[Tensor]) -> Tensor:
+        apart = {place: number for number, place in enumerate(gradients.apart)}
+        known = [(places, sizes.amax(1)) for places, sizes in rows if places[0] in apart]
+        others = sorted(apart.keys() - {place for places, _ in known for place in places})
+        found = [(others, _peaks_apart([gradients.tensors[place] for place in others])), *known]
+        return in_order(pack([one for _, one in found]), [apart[place] for places, _ in found for place in places])
+
+    return gradients.reduce(lambda stack: pack([largest(stack, 1)]), of_rest)
 
 
-def _peaks_apart(gradients: Sequence[Tensor], known: Sequence[Tensor | None]) -> Tensor:
+def _peaks_apart(gradients: Sequence[Tensor]) -> Tensor:
     values = [dense(gradient) for gradient in gradients]
     values = [value.abs() if value.is_complex() else value for value in values]
     small = [place for place, value in enumerate(values) if value.numel() <= SMALL]
     found = dict(zip(small, parameter_norms([values[place] for place in small], math.inf), strict=True))
-    for place, (value, by_row) in enumerate(zip(values, known, strict=True)):
-        if place not in found:
-            found[place] = largest(value) if by_row is None else by_row.amax()
-    return pack([found[place] for place in range(len(values))])
+    return pack([found[place] if place in found else largest(value) for place, value in enumerate(values)])
 
 
 @torch.no_grad()
@@ -192,51 +227,25 @@ def fractions(gradients: Stacks) -> Tensor:
 
 def _row_fractions(rows: Tensor) -> Tensor:
     numel = rows.shape[1]
-    taken = rows if numel <= FRACTION_SAMPLE else rows[:, :: stride(numel, FRACTION_SAMPLE)]
-    marks = _marks(taken)
-    shares = marks.sum(2, dtype=torch.float32) / taken.shape[1]
-    return shares.double() if rows.device.type != "mps" else shares
-
-
-def _marks(values: Tensor) -> Tensor:
-    """Which are zero, subnormal, or subnormal in fp16; one kind after the other."""
-    sizes = values.abs()
-    zero = sizes == 0
-    limits = (torch.finfo(values.dtype).tiny, FP16_TINY)
-    return torch.stack([zero, *((sizes < limit) & ~zero for limit in limits)])
+    sizes = (rows if numel <= FRACTION_SAMPLE else rows[:, :: stride(numel, FRACTION_SAMPLE)]).abs()
+    marks = torch.empty(sizes.shape, device=sizes.device)  # fp32, which is summed four times as fast as booleans are
+    zero = torch.eq(sizes, 0, out=marks).sum(1)
+    limits = (torch.finfo(sizes.dtype).tiny, FP16_TINY)
+    counts = torch.stack([zero, *(torch.lt(sizes, limit, out=marks).sum(1) - zero for limit in limits)])
+    return (counts.double() if rows.device.type != "mps" else counts) / sizes.shape[1]
 
 
 def _fractions_apart(gradients: Sequence[Tensor]) -> Tensor:
+    groups: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     samples = [sample(gradient, FRACTION_SAMPLE) for gradient in gradients]
-    found = torch.zeros(3, len(samples), dtype=torch.float64)
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, part in enumerate(samples):
         if part.numel():
-            groups.setdefault((part.device, part.dtype), []).append(place)
-    for (device, _), places in groups.items():
-        marks = _marks(torch.cat([samples[place] for place in places]))
-        shares = shares_by_part(marks, [samples[place].numel() for place in places])
-        if len(groups) == 1 and len(places) == len(samples):
-            return shares.double() if device.type != "mps" else shares
-        found = found.to(device).index_copy(1, from_host(torch.tensor(places), device), shares.double())
+            groups.setdefault((part.device, part.dtype, part.numel()), []).append(place)
+    found = torch.zeros(3, len(samples), dtype=torch.float64)
+    for (device, _, _), places in groups.items():
+        shares = _row_fractions(torch.stack([samples[place] for place in places]))
+        if len(places) == len(samples):
+            return shares
+        order = from_host(torch.tensor(places), device)
+        found = found.to(device, shares.dtype).index_copy(1, order, shares)
     return found
-
-
-def shares_by_part(marks: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The share of marks in each of the parts that follow one another along the last dimension.
-
-    Args:
-        marks: Booleans, shape ``[kinds, sum(sizes)]``.
-        sizes: Of the parts; positive.
-
-    Returns:
-        Shape ``[kinds, len(sizes)]``.
-
-    Example:
-        >>> shares_by_part(torch.tensor([[True, False, True]]), [2, 1])
-        tensor([[0.5000, 1.0000]])
-    """
-    lengths = torch.tensor(sizes)
-    ends = from_host(torch.cumsum(lengths, 0), marks.device)
-    sums = torch.cumsum(marks, 1, dtype=torch.float32)[:, ends - 1]
-    return torch.diff(sums, dim=1, prepend=sums.new_zeros(len(sums), 1)) / from_host(lengths, marks.device)

@@ -1,56 +1,79 @@
-"""Samples of weights before a step, and how far the step has moved them."""
+"""Samples of weights before a step, and how far the step has moved them; samples of gradients, for their peaks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import UPDATE_SAMPLE, parameter_norms, projection, row_norms, sample
-from diagnostics.statistics.stacks import Layout, Stacks
+from diagnostics.statistics import largest, pack, row_norms, spread
+from diagnostics.statistics.stacks import Stacks, in_order
 
 
 class Samples:
-    """Copies of a sample of each of some weights; of a small one that is all of it.
+    """A sample of each of some tensors, those of one size side by side; of a small tensor that is all of it.
 
     Args:
-        tensors: The weights.
-        layout: Which are stacked, where that is known already.
+        stacks: The tensors; of sparse ones nothing is looked at.
 
     Example:
         >>> weight = torch.tensor([3.0, 4.0])
-        >>> before = Samples([weight])
-        >>> before.norms(), before.moved([weight.add_(1.0)])
-        (tensor([5.]), tensor([1.4142]))
+        >>> before = Samples(Stacks([weight]))
+        >>> before.norms(), before.moved([weight.add_(1.0)]), Samples(Stacks([weight])).peaks()
+        (tensor([5.], dtype=torch.float64), tensor([1.4142], dtype=torch.float64), tensor([5.], dtype=torch.float64))
     """
 
-    def __init__(self, tensors: Sequence[Tensor], layout: Layout | None = None) -> None:
-        self._stacks = Stacks(tensors, layout)
-        self._rows = self._stacks.rows
-        self._apart = [sample(tensor, UPDATE_SAMPLE).clone() for tensor in self._stacks.rest]
+    @torch.no_grad()
+    def __init__(self, stacks: Stacks) -> None:
+        parts = {place: _part(stacks.tensors[place]) for place in stacks.apart}
+        alike: dict[Hashable, list[int]] = {}
+        for place, part in parts.items():
+            alike.setdefault((part.device, part.dtype, part.shape), []).append(place)
+        self._apart = [*alike.values()]
+        self._places = [*stacks.places, *self._apart]
+        self._rows = [*stacks.rows, *(_side_by_side([parts[place] for place in places]) for places in self._apart)]
 
     def norms(self) -> Tensor:
         """The 2-norm of each sample."""
-        return self._norms(self._rows, self._apart)
+        return self._in_order([row_norms(rows) for rows in self._rows])
 
-    def projections(self) -> list[Tensor]:
-        """The sum of each sample over the root of its number, 0-dim: see :func:`diagnostics.statistics.projection`."""
-        sums = [rows.sum(1, dtype=torch.float32) / math.sqrt(rows.shape[1]) for rows in self._rows]
-        return list(self._assembled(sums, [projection(one) for one in self._apart]).unbind())
+    def projections(self) -> Tensor:
+        """The sum of each sample over the root of its number, which is at most its 2-norm.
+
+        Equal norms do not make equal tensors (orthogonal matrices all have the same); this tells them apart.
+        """
+        values = [torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows for rows in self._rows]
+        kinds = [torch.float64 if rows.dtype == torch.float64 else torch.float32 for rows in values]
+        sums = [rows.sum(1, dtype=kind) for rows, kind in zip(values, kinds, strict=True)]
+        return self._in_order(
+            [one / math.sqrt(max(1, rows[0].numel())) for one, rows in zip(sums, self._rows, strict=True)]
+        )
+
+    def peaks(self) -> Tensor:
+        """The largest magnitude in each sample; 0 for an empty one."""
+        sizes = [largest(rows, 1) if rows.shape[1] else rows.new_zeros(len(rows)) for rows in self._rows]
+        return self._in_order(sizes)
 
     @torch.no_grad()
     def moved(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The 2-norm of the difference to what the weights, in the same order, are by now."""
-        stacks = zip(self._stacks.places, self._rows, strict=True)
-        rows = [torch.stack([tensors[i] for i in places]).reshape(old.shape) - old for places, old in stacks]
-        apart = zip(self._stacks.apart, self._apart, strict=True)
-        return self._norms(rows, [sample(tensors[place], UPDATE_SAMPLE) - old for place, old in apart])
+        """The 2-norm of the difference to what the tensors, in the same order, are by now."""
+        whole = len(self._places) - len(self._apart)
+        found = []
+        for number, (places, before) in enumerate(zip(self._places, self._rows, strict=True)):
+            now = [tensors[place] for place in places]
+            found.append(row_norms(_side_by_side(now if number < whole else [*map(_part, now)]) - before))
+        return self._in_order(found)
 
-    def _norms(self, rows: Sequence[Tensor], apart: Sequence[Tensor]) -> Tensor:
-        return self._assembled([*map(row_norms, rows)], [*parameter_norms(apart).unbind()])
+    def _in_order(self, found: Sequence[Tensor]) -> Tensor:
+        return in_order(pack(found), [*chain.from_iterable(self._places)])
 
-    def _assembled(self, of_rows: Sequence[Tensor], of_rest: Sequence[Tensor]) -> Tensor:
-        rest = [torch.stack([*of_rest])] if of_rest else []
-        return self._stacks.assemble([*of_rows, *rest]) if of_rows or rest else torch.zeros(0)
+
+def _part(tensor: Tensor) -> Tensor:
+    return torch.zeros(0) if tensor.is_sparse else spread(tensor)
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*tensors]).reshape(len(tensors), tensors[0].numel())

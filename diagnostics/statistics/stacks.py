@@ -7,7 +7,7 @@ tensor gives on a CPU; other devices have kernels for lists of tensors, which ne
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 
 import torch
@@ -50,7 +50,7 @@ class Layout:
     @cached_property
     def order(self) -> Tensor | None:
         """Where each tensor's result is among those of the stacks, one after the other, and of the rest behind them."""
-        return _order([*chain.from_iterable(self.stacks), *self.rest])
+        return _order((*chain.from_iterable(self.stacks), *self.rest))
 
 
 class Stacks:
@@ -113,7 +113,7 @@ class Stacks:
         if len(found) == len(layout.stacks):
             return rows, places, layout.rest, layout.order
         apart = sorted(set(range(len(self.tensors))).difference(*places))
-        return rows, places, apart, _order([*chain.from_iterable(places), *apart])
+        return rows, places, apart, _order((*chain.from_iterable(places), *apart))
 
     def reduce(
         self, of_rows: Callable[[Tensor], Tensor], of_rest: Callable[[Sequence[Tensor]], Tensor], dim: int = 0
@@ -130,9 +130,22 @@ class Stacks:
 
     def assemble(self, found: Sequence[Tensor], dim: int = 0) -> Tensor:
         """What was found about each stack, and about the rest behind them, as one tensor in order."""
-        order = self._stacked[3]
         together = torch.cat([*found], dim) if len(found) > 1 else found[0]
-        return together if order is None else together.index_select(dim, from_host(order, together.device))
+        return _reordered(together, self._stacked[3], dim)
+
+
+def in_order(numbers: Tensor, places: Sequence[int]) -> Tensor:
+    """Numbers sorted by their places, which are 0, 1, 2 and so on.
+
+    Example:
+        >>> in_order(torch.tensor([1.0, 2.0, 3.0]), [2, 0, 1])
+        tensor([2., 3., 1.])
+    """
+    return _reordered(numbers, _order(tuple(places)), 0)
+
+
+def _reordered(together: Tensor, order: Tensor | None, dim: int) -> Tensor:
+    return together if order is None else together.index_select(dim, from_host(order, together.device))
 
 
 def from_host(tensor: Tensor, device: torch.device) -> Tensor:
@@ -145,9 +158,10 @@ def from_host(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _order(places: Sequence[int]) -> Tensor | None:
+@lru_cache(maxsize=16)
+def _order(places: tuple[int, ...]) -> Tensor | None:
     """Where to find what stands at each place; None where everything stands at its own."""
-    if places == list(range(len(places))):
+    if places == tuple(range(len(places))):
         return None
     order = torch.empty(len(places), dtype=torch.long)
     order[torch.tensor(places)] = torch.arange(len(places))

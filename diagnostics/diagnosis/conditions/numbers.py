@@ -45,9 +45,9 @@ def underflow(case: Case) -> Iterator[Diagnosis]:
     Source: Micikevicius et al., Mixed Precision Training, 2018.
     """
     limit = case.thresholds.underflow_share
-    if not case.reaches(limit, "output.underflow_fraction", "output.underflow_fp16_fraction"):
-        return
     fp16 = case.record.loss_scale != 1.0  # only fp16 needs a scaler
+    if not case.reaches(limit, "output.underflow_fraction", *["output.underflow_fp16_fraction"] * fp16):
+        return
     lost = [(_share(one.output, half=True, fp16=fp16), one) for one in case.trunk[:-1]]
     share, worst = max(lost, key=lambda pair: pair[0], default=(0.0, None))
     if worst is None or share < limit:
