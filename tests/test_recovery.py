@@ -49,7 +49,7 @@ def test_a_long_slope_is_not_forgiven_for_being_gone_while_the_loss_stays_where_
 
 
 def test_it_clears_once_the_loss_has_come_down():
-    records = run((100, True, 2.3), (50, False, 1.5), (50, False, 0.5))
+    records = run((100, True, 2.3), (50, False, 1.5), (50, False, 0.3))
     found = diagnose(records)[0]
     assert judged(records).condition == "healthy"
     assert (found.cleared, found.severity) == (160, WARNING)  # the median of the newest twenty losses
@@ -98,7 +98,7 @@ def test_a_notice_that_stands_for_most_of_the_run_while_the_loss_hardly_falls_is
 
 
 def test_it_is_a_notice_again_once_the_loss_has_come_down():
-    records = run((150, True, 2.3), (50, True, 0.5), decades=2.0)
+    records = run((150, True, 2.3), (50, True, 0.3), decades=2.0)
     assert judged(records[:150]).condition == "vanishing"
     assert judged(records).condition == "healthy"
 

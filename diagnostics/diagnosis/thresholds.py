@@ -76,7 +76,7 @@ class Thresholds:
     confirm: int = 3
     clear: int = 3
     lasting_share: float = 0.1
-    recovered_loss: float = 0.25
+    recovered_loss: float = 0.15
     standing_share: float = 0.5
     standing_steps: int = 100
 

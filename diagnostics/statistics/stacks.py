@@ -29,6 +29,7 @@ class Layout:
     Attributes:
         stacks: Places of those that are stacked together.
         rest: Places of the others.
+        whole: Whether one stack holds all of them.
 
     Example:
         >>> layout = Layout([6, 6, 6, 6, 4096])
@@ -45,12 +46,13 @@ class Layout:
             for place, kind in enumerate(own):
                 places.setdefault(kind, []).append(place)
         self.stacks = [one for one in places.values() if 0 < sizes[one[0]] <= STACKED and len(one) >= LEAST]
-        self.rest = sorted(set(range(len(sizes))).difference(*self.stacks)) if places else []
+        self.whole = [len(one) for one in self.stacks] == [len(sizes)]
+        self.rest = [] if self.whole else sorted(set(range(len(sizes))).difference(*self.stacks))
 
     @cached_property
     def order(self) -> Tensor | None:
         """Where each tensor's result is among those of the stacks, one after the other, and of the rest behind them."""
-        return _order((*chain.from_iterable(self.stacks), *self.rest))
+        return None if self.whole else _order((*chain.from_iterable(self.stacks), *self.rest))
 
 
 class Stacks:
@@ -106,8 +108,9 @@ class Stacks:
         return self._stack(Layout(sizes, [tensor.shape for tensor in self.tensors]))
 
     def _stack(self, layout: Layout) -> tuple[list[Tensor], list[list[int]], list[int], Tensor | None]:
-        whole = len(layout.stacks) == 1 and not layout.rest
-        stacks = (_rows(self.tensors if whole else [self.tensors[i] for i in places]) for places in layout.stacks)
+        stacks = (
+            _rows(self.tensors if layout.whole else [self.tensors[i] for i in places]) for places in layout.stacks
+        )
         found = [(rows, places) for rows, places in zip(stacks, layout.stacks, strict=True) if rows is not None]
         rows, places = [one for one, _ in found], [one for _, one in found]
         if len(found) == len(layout.stacks):
