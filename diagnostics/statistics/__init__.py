@@ -23,6 +23,9 @@ RUN = 16
 TRUSTED_DECADES = 30.0
 """fp32 reaches 38 decades down and up from 1; a sum of powers this far out is held with room to spare."""
 
+WIDE_ENOUGH = 6.0
+"""Sums of so high powers of fp32 numbers, from 1e-45 to 3e38, are within the range of float64."""
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -150,8 +153,30 @@ def exact_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Norms in float64 and counts of non-finite elements, for gradients whose quick norm left the range of fp32.
 
     Returns:
-        Shape ``[2, len(gradients)]``: norms, then counts. Each is scaled by its peak, so that fp64 gradients hold too.
+        Shape ``[2, len(gradients)]``: norms, then counts. fp64 gradients are scaled by their peaks, and hold too.
     """
+    stacks = Stacks(gradients)
+    counts = stacks.reduce(
+        lambda rows: pack([(~torch.isfinite(rows)).sum(1)]),
+        lambda rest: pack([whole((~torch.isfinite(dense(one))).sum()) for one in rest]),
+    )
+    if norm_type > WIDE_ENOUGH or not {one.dtype for one in gradients}.isdisjoint((torch.float64, torch.complex128)):
+        norms = _scaled_norms(gradients, norm_type)
+    else:  # float64 holds the powers of what comes from fp32
+        norms = stacks.reduce(
+            lambda rows: _wide_norms(rows, norm_type, 1),
+            lambda rest: pack([_wide_norms(one, norm_type) for one in rest]),
+        )
+    return torch.stack([norms, counts.to(norms.device)])
+
+
+def _wide_norms(values: Tensor, norm_type: float, *dims: int) -> Tensor:
+    values = dense(values)
+    return whole(torch.linalg.vector_norm(values, norm_type, dim=dims or None, dtype=wide(values.dtype)))
+
+
+def _scaled_norms(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Norms in float64 of gradients that are divided by their peaks first."""
     peaks = [
         whole(gradient.abs().amax()).double() if gradient.numel() else torch.zeros(())
         for gradient in map(dense, gradients)
@@ -160,9 +185,7 @@ def exact_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     scaled = [
         dense(gradient).to(wide(gradient.dtype)) / scale for gradient, scale in zip(gradients, scales, strict=True)
     ]
-    norms = pack([parameter_norms(scaled, norm_type)]) * pack(scales)
-    counts = [whole((~torch.isfinite(dense(gradient))).sum()) for gradient in gradients]
-    return torch.stack([norms, pack(counts)])
+    return pack([parameter_norms(scaled, norm_type)]) * pack(scales)
 
 
 def sample(tensor: Tensor, limit: int) -> Tensor:
