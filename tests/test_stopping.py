@@ -42,7 +42,7 @@ def test_the_same_run_goes_on_where_it_is_only_told(start):
 
 
 def test_a_run_that_recovers_in_time_is_not_stopped(start):
-    start("model.depth=8", "trainer.steps=120", "trainer.patience=60", "sink=[runlog]", "diagnostics.on_diagnosis=stop")
+    start("model.depth=8", "trainer.steps=200", "trainer.patience=60", "sink=[runlog]", "diagnostics.on_diagnosis=stop")
     (log,) = Path("outputs").glob("*/run.jsonl")
     run = read_run(log)
     assert run.end.status == "finished"
