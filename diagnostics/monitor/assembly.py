@@ -226,59 +226,6 @@ class Update:
         )
 
 
-class Around:
-    """What passed back through the layers at a step, by the calls that they are."""
-
-    def __init__(self) -> None:
-        self._outputs: dict[Call, list[int]] = {}
-        self._made: dict[tuple[Call, int], float] = {}  # norms by call and serial number of the pass that it was in
-        self._read: dict[tuple[Call, int], float] = {}
-        self._stream: dict[Call, tuple[int, float]] = {}
-
-    def add(self, roles: Iterable[tuple[str, Call, int]], numel: int, norm: float, place: int | None = None) -> None:
-        """Takes a gradient.
-
-        Args:
-            roles: What it is to which layers, see :class:`diagnostics.depth.forward.Role`.
-            numel: Number of elements.
-            norm: Euclidean norm.
-            place: Of what else is known of it.
-        """
-        for kind, call, serial in roles:
-            if kind == "stream":
-                size, other = self._stream.get(call, (0, 0.0))
-                self._stream[call] = size + numel, math.hypot(other, norm)
-                continue
-            norms, key = self._made if kind == "output" else self._read, (call, serial)
-            norms[key] = math.hypot(norms[key], norm) if key in norms else norm
-            if kind == "output" and place is not None:
-                self._outputs.setdefault(call, []).append(place)
-
-    def outputs(self, calls: Iterable[Call]) -> list[Sequence[int]]:
-        """The places of the gradients of each call's outputs."""
-        return [self._outputs.get(call, ()) for call in calls]
-
-    def columns(self, calls: Sequence[Call], scale: float) -> dict[str, Column]:
-        """What is known of the layers beside their output gradients.
-
-        The gain is the norm at the inputs over that at the outputs, over those passes that have both.
-
-        Args:
-            calls: The layers' calls.
-            scale: The loss scale.
-        """
-        sums: dict[Call, tuple[float, float]] = {}
-        for key, read in self._read.items():
-            if key in self._made:
-                before = sums.get(key[0])
-                pair = read, self._made[key]
-                sums[key[0]] = pair if before is None else (math.hypot(before[0], read), math.hypot(before[1], pair[1]))
-        gains = {call: read / made for call, (read, made) in sums.items() if 0 < made < math.inf}
-        streams = {call: norm / scale / math.sqrt(size) for call, (size, norm) in self._stream.items() if size}
-        columns = {name: Column.of(map(found.get, calls)) for name, found in (("gain", gains), ("stream_rms", streams))}
-        return {name: column for name, column in columns.items() if column is not None}
-
-
 def number_column(
     name: str, groups: Groups, values: Numbers, combine: Callable[[float, float], float]
 ) -> dict[str, Column]:

@@ -2,15 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 from diagnostics import statistics
+from diagnostics.depth import Call
+from diagnostics.depth.forward import OUTPUT, STREAM, Role
 from diagnostics.hooks.passes import BackwardPass
-from diagnostics.monitor.assembly import Around, Gradients, profiled
+from diagnostics.monitor.assembly import Gradients, profiled
+from diagnostics.records import Column
 from diagnostics.statistics import magnitudes
 from diagnostics.statistics.dead import DeadUnits, unit_sizes
 from diagnostics.statistics.reading import Reader
 from diagnostics.statistics.stacks import Stacks
+
+
+class Around:
+    """What passed back through the layers at a step, by the calls that they are."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[Call, list[int]] = {}
+        self._made: dict[tuple[Call, int], float] = {}  # norms by call and serial number of the pass that it was in
+        self._read: dict[tuple[Call, int], float] = {}
+        self._stream: dict[Call, tuple[int, float]] = {}
+
+    def add(self, roles: Sequence[Role], numel: int, norm: float, place: int | None = None) -> None:
+        """Takes a gradient.
+
+        Args:
+            roles: What it is to which layers.
+            numel: Number of elements.
+            norm: Euclidean norm.
+            place: Of what else is known of it.
+        """
+        for kind, call, serial in roles:
+            if kind == STREAM:
+                size, other = self._stream.get(call, (0, 0.0))
+                self._stream[call] = size + numel, math.hypot(other, norm)
+                continue
+            norms, key = self._made if kind == OUTPUT else self._read, (call, serial)
+            norms[key] = math.hypot(norms[key], norm) if key in norms else norm
+            if kind == OUTPUT and place is not None:
+                self._outputs.setdefault(call, []).append(place)
+
+    def outputs(self, calls: Iterable[Call]) -> list[Sequence[int]]:
+        """The places of the gradients of each call's outputs."""
+        return [self._outputs.get(call, ()) for call in calls]
+
+    def columns(self, calls: Sequence[Call], scale: float) -> dict[str, Column]:
+        """What is known of the layers beside their output gradients.
+
+        The gain is the norm at the inputs over that at the outputs, over those passes that have both.
+
+        Args:
+            calls: The layers' calls.
+            scale: The loss scale.
+        """
+        sums: dict[Call, tuple[float, float]] = {}
+        for key, read in self._read.items():
+            if key in self._made:
+                before = sums.get(key[0])
+                pair = read, self._made[key]
+                sums[key[0]] = pair if before is None else (math.hypot(before[0], read), math.hypot(before[1], pair[1]))
+        gains = {call: read / made for call, (read, made) in sums.items() if 0 < made < math.inf}
+        streams = {call: norm / scale / math.sqrt(size) for call, (size, norm) in self._stream.items() if size}
+        columns = {name: Column.of(map(found.get, calls)) for name, found in (("gain", gains), ("stream_rms", streams))}
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 class Recording:
