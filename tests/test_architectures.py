@@ -887,6 +887,31 @@ def test_the_graph_is_read_once_per_order_of_calls(monkeypatch):
     assert len(read) == 1
 
 
+def test_an_order_of_calls_that_begins_later_is_read_when_it_comes_again(monkeypatch):
+    """What a pass reads and makes is noted only while there may be something new to find in it."""
+
+    class Longer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+            self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            x = self.first(x)
+            for block in self.blocks if self.calls > 3 else ():
+                x = x + block(x).tanh()
+            return self.head(x)
+
+    read, original = [], forward.find_trunk
+    monkeypatch.setattr(forward, "find_trunk", lambda *given: read.append(1) or original(*given))
+    record = watched(Longer(), squares, steps=8)
+    assert len(read) == 2
+    assert [one.layer.trunk for one in record.layers] == [True] * 6
+    assert [one.stream_rms is not None for one in record.layers] == [False, True, True, True, True, False]
+
+
 # ── what it costs ──
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +23,33 @@ _MAX_TRUNKS = 16
 
 
 class Role(NamedTuple):
-    """What a gradient is to a layer: that of an output, of an input, or of the stream that its branch joins.
-
-    ``serial`` numbers the calls over all passes, so that inputs find the outputs of the same call.
-    """
+    """What a gradient is to a layer: that of an output, of an input, or of the stream that its branch joins."""
 
     kind: str
     call: Call
-    serial: int = 0
+
+
+class Roles(list[Role]):
+    """What one gradient is to which layers; more may be found as the forward pass goes on.
+
+    Attributes:
+        serial: Number of the forward pass over all passes, by which inputs find the outputs of the same call.
+        fused: Whether it is that of a fused recurrent layer's results.
+    """
+
+    __slots__ = ("fused", "serial")
+
+    def __init__(self, roles: Iterable[Role] = (), serial: int = 0, *, fused: bool = False) -> None:
+        super().__init__(roles)
+        self.serial = serial
+        self.fused = fused
 
 
 class Point(NamedTuple):
-    """A tensor, or the graph's node that made it, whose gradient is wanted, and for whom; more roles may come."""
+    """A tensor, or the graph's node that made it, whose gradient is wanted, and for whom."""
 
     place: Tensor | Node
-    roles: list[Role]
-    fused: bool = False
+    roles: Roles
 
 
 class TracedPass(NamedTuple):
@@ -48,17 +60,21 @@ class TracedPass(NamedTuple):
     trunk: Trunk
 
 
+_serials = count()
+
+
 @dataclass(slots=True)
 class _Pass:
     """One forward pass of a model: its calls, and what they read and made."""
 
+    serial: int = field(default_factory=_serials.__next__)
     begun: bool = False
     counts: bool = False
     ranks: dict[int, int] = field(default_factory=dict)
-    attached: dict[Call, int] = field(default_factory=dict)
+    attached: dict[Call, int] = field(default_factory=dict)  # in their order
     noted: list[Noted] = field(default_factory=list)
     trace: list[Call] = field(default_factory=list)
-    roles: dict[tuple[Node, int], list[Role]] = field(default_factory=dict)  # no tensors: those must be free to go
+    roles: dict[Any, Roles] = field(default_factory=dict)  # by node, no tensors: those must be free to go
 
 
 class Forward:
@@ -84,7 +100,8 @@ class Forward:
         self._passes = [_Pass() for _ in range(roots)]
         self._read: list[set[tuple[Call, ...]]] = [set() for _ in range(roots)]
         self._adopted: set[tuple[int, tuple[Call, ...]]] = set()
-        self._serial = 0
+        self._roles: dict[Call, tuple[Role, Role, Role]] = {}
+        self._vary = [False] * roots  # whether passes have been seen to come in several orders
 
     def place(self, layer: Layer, call: Call) -> Layer:
         """A layer with what is known of its place in the trunk."""
@@ -122,16 +139,19 @@ class Forward:
         if not one.counts:
             return []
         rank = one.ranks.get(index, 0)
-        call, one.ranks[index] = (index, rank), rank + 1
+        one.ranks[index] = rank + 1
+        roles = self._roles_of((index, rank))
+        call = roles[0].call
         one.trace.append(call)
         outputs = _differentiable((made,))
         if not outputs:
             return []
         inputs = _differentiable(given)
-        read, wrote = tuple(map(_node, inputs)), tuple(map(_node, outputs))
-        one.noted.append(Noted(call, read, wrote))
+        one.attached[call] = len(one.attached)
+        if self._notes(root):
+            one.noted.append(Noted(call, tuple(map(_node, inputs)), tuple(map(_node, outputs))))
         fused = isinstance(owner.module(), nn.RNNBase)
-        points = self._points(one, call, zip(inputs, read, strict=True), zip(outputs, wrote, strict=True), fused=fused)
+        points = [*self._points(one, outputs, roles[0], fused=fused), *self._points(one, inputs, roles[1], fused=fused)]
         return [*points, *self._streams(root, call, inputs)] if self.trunks[root].streams else points
 
     def called_again(self, index: int, given: Iterable[Any], made: Any) -> list[Point]:
@@ -140,9 +160,9 @@ class Forward:
         outputs = _differentiable((made,))
         if call in one.attached or not outputs:
             return []
-        inputs = _differentiable(given)
-        pairs = ([(tensor, _node(tensor)) for tensor in tensors] for tensors in (inputs, outputs))
-        return self._points(one, call, *pairs, fused=False)
+        made_it, read_it, _ = self._roles_of(call)
+        one.attached[call] = len(one.attached)
+        return [*self._points(one, outputs, made_it), *self._points(one, _differentiable(given), read_it)]
 
     def ended(self, root: int, result: Any) -> Iterator[Point]:
         """A model's forward has ended; what it returned."""
@@ -151,8 +171,7 @@ class Forward:
             results = _differentiable((result,))
             joins = self._look_for_trunk(root, tuple(map(_node, results)))
             for node, ends in joins.items():
-                if point := self._point(one, node, node, Role(STREAM, ends, one.attached[ends])):
-                    yield point
+                yield from self._points(one, [node], self._roles_of(ends)[2])
             if not joins:
                 yield from self._streams(root, None, results)
 
@@ -184,34 +203,31 @@ class Forward:
         for one in self._passes:
             one.begun = False
 
-    def _points(
-        self,
-        one: _Pass,
-        call: Call,
-        inputs: Iterable[tuple[Tensor, Node]],
-        outputs: Iterable[tuple[Tensor, Node]],
-        *,
-        fused: bool,
-    ) -> list[Point]:
-        """Where the gradients of what a call read and made arrive; each tensor with the node that made it."""
-        self._serial += 1
-        one.attached[call] = self._serial
-        role = Role(OUTPUT, call, self._serial)
-        found = [self._point(one, tensor, node, role, fused=fused) for tensor, node in outputs]
-        role = Role(INPUT, call, self._serial)
-        found += [self._point(one, tensor, node, role, fused=fused) for tensor, node in inputs]
-        return [point for point in found if point is not None]
+    def _roles_of(self, call: Call) -> tuple[Role, Role, Role]:
+        """What gradients can be to a layer; always the same objects, since every pass has some for each layer."""
+        found = self._roles.get(call)
+        if found is None:
+            self._roles[call] = found = Role(OUTPUT, call), Role(INPUT, call), Role(STREAM, call)
+        return found
 
-    def _point(self, one: _Pass, place: Tensor | Node, node: Node, role: Role, *, fused: bool = False) -> Point | None:
-        """A place that is new; one that is known gets one more role."""
-        key = (node, 0 if place is node else place.output_nr)
-        known = one.roles.get(key)
-        if known is None:
-            one.roles[key] = known = [role]
-            return Point(place, known, fused)
-        if role not in known:
-            known.append(role)
-        return None
+    def _notes(self, root: int) -> bool:
+        """Whether a pass notes what its calls read and made: until the graph of every order of calls has been read."""
+        return (self._vary[root] or not self._read[root]) and len(self._read[root]) < _MAX_TRUNKS
+
+    def _points(self, one: _Pass, places: Iterable[Tensor | Node], role: Role, *, fused: bool = False) -> list[Point]:
+        """Those of some places that are new; one that is known gets one more role."""
+        found = []
+        for place in places:
+            key = place
+            if isinstance(place, Tensor):
+                key = (_node(place), place.output_nr) if place.output_nr else _node(place)
+            known = one.roles.get(key)
+            if known is None:
+                one.roles[key] = known = Roles((role,), one.serial, fused=fused)
+                found.append(Point(place, known))
+            elif role not in known:
+                known.append(role)
+        return found
 
     def _streams(self, root: int, reader: Call | None, tensors: Sequence[Tensor]) -> Iterator[Point]:
         """The joins that are next to some tensors: of several that fit, the one whose branch was called last."""
@@ -224,8 +240,7 @@ class Forward:
                     joins[node] = max(locator.ends, joins.get(node, locator.ends), key=one.attached.__getitem__)
             for node, ends in joins.items():
                 place = tensor if node is tensor.grad_fn else node
-                if point := self._point(one, place, node, Role(STREAM, ends, one.attached[ends])):
-                    yield point
+                yield from self._points(one, [place], self._roles_of(ends)[2])
 
     def _end(self, root: int) -> None:
         self._look_for_trunk(root)
@@ -236,7 +251,10 @@ class Forward:
     def _look_for_trunk(self, root: int, results: Sequence[Node] = ()) -> dict[Node, Call]:
         """Reads the graph of a pass whose calls came in a new order; returns its joins."""
         one, trace = self._passes[root], tuple(self._passes[root].trace)
-        if not one.noted or trace in self._read[root] or len(self._read[root]) == _MAX_TRUNKS:
+        if not one.attached or trace in self._read[root] or len(self._read[root]) == _MAX_TRUNKS:
+            return {}
+        if not one.noted:
+            self._vary[root] = True  # from the next pass on
             return {}
         self._read[root].add(trace)
         try:

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diagnostics import statistics
 from diagnostics.depth import Owner
-from diagnostics.depth.forward import Forward, Point, Role
+from diagnostics.depth.forward import Forward, Point, Roles
 from diagnostics.hooks import compiled
 from diagnostics.hooks.callback import Hook as _Hook
 from diagnostics.hooks.callback import adding, takes_hooks
@@ -89,6 +89,7 @@ class Watcher:
         self._unspent: set[int] = set()
         self._frozen: list[int] = []
         self._marks = Marks(self._gradient)
+        self._arrives = self._gradient_arrives  # bound once, since there is a hook for every layer
         self._models = [weakref.ref(model) for model in models.values()]
         self._sentinels: set[int] = set()
         self._running: list[int] = []
@@ -266,9 +267,7 @@ class Watcher:
                 self._listen(point)
 
     def _listen(self, point: Point) -> None:
-        hook = _Hook(
-            self, self._gradient_arrives, (point.roles, point.fused)
-        )  # not the tensor, which would then hold itself
+        hook = _Hook(self, self._arrives, point.roles)  # not the tensor, which would then hold itself
         if not isinstance(point.place, Tensor):
             point.place.register_prehook(hook)
         elif point.place.is_leaf:  # may be the user's for many steps
@@ -289,15 +288,13 @@ class Watcher:
 
     def _compiled_gradient_arrives(self, point: compiled.Listened, gradient: Tensor) -> None:
         self.forward.adopt(point.within)
-        self._gradient_arrives((point.roles, point.fused), gradient)
+        self._gradient_arrives(point.roles, gradient)
 
-    def _gradient_arrives(
-        self, point: tuple[Sequence[Role], bool], gradient: Tensor | tuple[Tensor | None, ...] | None
-    ) -> None:
+    def _gradient_arrives(self, roles: Roles, gradient: Tensor | tuple[Tensor | None, ...] | None) -> None:
         current = self._enter(_graph_task())
         only = gradient[0] if isinstance(gradient, tuple) else gradient  # None for one of several outputs that got none
         if only is not None:
-            current.gradients.append(measured(*point, only))
+            current.gradients.append(measured(roles, only))
 
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
         self._enter(_graph_task())

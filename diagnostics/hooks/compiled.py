@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from diagnostics.depth.forward import Forward, Point, Role, TracedPass
+from diagnostics.depth.forward import Forward, Point, Roles, TracedPass
 
 Result = TypeVar("Result")
 _NOT_LISTENED_TO = -1
@@ -41,12 +41,10 @@ class Listened(NamedTuple):
     Attributes:
         within: The pass.
         roles: What its gradient is to which layers.
-        fused: Whether a fused recurrent layer made it.
     """
 
     within: TracedPass
-    roles: Sequence[Role]
-    fused: bool
+    roles: Roles
 
 
 class Traced(Protocol):
@@ -177,7 +175,7 @@ def end(watcher: Traced, root: int) -> None:
         give_up(watcher)
         return
     within = watcher.forward.traced(root, _trace.made)
-    _listened.update({number: Listened(within, point.roles, point.fused) for number, point in _trace.points.items()})
+    _listened.update({number: Listened(within, point.roles) for number, point in _trace.points.items()})
     _trace.watcher = None
 
 

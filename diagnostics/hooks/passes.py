@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from diagnostics.depth.forward import OUTPUT, Role
+from diagnostics.depth.forward import OUTPUT, Roles
 from diagnostics.hooks.marks import Look
 from diagnostics.statistics import dead, magnitudes
 
@@ -25,7 +24,7 @@ class MeasuredGradient:
         share: For a fused recurrent layer the share of its results, one per example and step, that have a gradient.
     """
 
-    roles: Sequence[Role]
+    roles: Roles
     numel: int
     parts: magnitudes.Parts | Tensor | None = None
     norm: Tensor | None = None
@@ -65,10 +64,10 @@ class BackwardPass:
     gradients: list[MeasuredGradient] = field(default_factory=list)
 
 
-def measured(roles: Sequence[Role], fused: bool, gradient: Tensor) -> MeasuredGradient:
+def measured(roles: Roles, gradient: Tensor) -> MeasuredGradient:
     """What is kept of a gradient that arrives at a tensor between layers."""
     numel = gradient.numel()
     if not any(role.kind == OUTPUT for role in roles):
         return MeasuredGradient(roles, numel, norm=magnitudes.safe_norm(gradient))
-    share = dead.row_share(gradient) if fused else None
+    share = dead.row_share(gradient) if roles.fused else None
     return MeasuredGradient(roles, numel, magnitudes.take_apart(gradient), share=share)

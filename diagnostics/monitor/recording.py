@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from diagnostics import statistics
 from diagnostics.depth import Call
-from diagnostics.depth.forward import OUTPUT, STREAM, Role
+from diagnostics.depth.forward import OUTPUT, STREAM, Roles
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor.assembly import Gradients, profiled
 from diagnostics.records import Column
@@ -26,7 +26,7 @@ class Around:
         self._read: dict[tuple[Call, int], float] = {}
         self._stream: dict[Call, tuple[int, float]] = {}
 
-    def add(self, roles: Sequence[Role], numel: int, norm: float, place: int | None = None) -> None:
+    def add(self, roles: Roles, numel: int, norm: float, place: int | None = None) -> None:
         """Takes a gradient.
 
         Args:
@@ -35,12 +35,12 @@ class Around:
             norm: Euclidean norm.
             place: Of what else is known of it.
         """
-        for kind, call, serial in roles:
+        for kind, call in roles:
             if kind == STREAM:
                 size, other = self._stream.get(call, (0, 0.0))
                 self._stream[call] = size + numel, math.hypot(other, norm)
                 continue
-            norms, key = self._made if kind == OUTPUT else self._read, (call, serial)
+            norms, key = self._made if kind == OUTPUT else self._read, (call, roles.serial)
             norms[key] = math.hypot(norms[key], norm) if key in norms else norm
             if kind == OUTPUT and place is not None:
                 self._outputs.setdefault(call, []).append(place)
