@@ -7,7 +7,7 @@ tensor gives on a CPU; other devices have kernels for lists of tensors, which ne
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -161,7 +161,6 @@ def from_host(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=16)
 def _order(places: tuple[int, ...]) -> Tensor | None:
     """Where to find what stands at each place; None where everything stands at its own."""
     if places == tuple(range(len(places))):
