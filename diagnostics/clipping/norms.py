@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diagnostics import statistics
+from diagnostics.statistics.magnitudes import SMALL
 from diagnostics.statistics.stacks import Stacks
 
 EPSILON = 1e-6
-SMALL = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ def _peaks(values: Sequence[Tensor]) -> list[Tensor]:
     """Largest magnitudes in the dtype of the values; small ones share a kernel, which is slow for large ones."""
     few = [one for one in values if one.numel() <= SMALL]
     small = iter(torch._foreach_norm(few, math.inf) if few else ())  # noqa: SLF001 -- as torch's own clip
-    return [next(small) if one.numel() <= SMALL else torch.maximum(one.amax(), -one.amin()) for one in values]
+    return [next(small) if one.numel() <= SMALL else statistics.largest(one) for one in values]
 
 
 def shares(norms: Sequence[float], total: float, norm_type: float) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from diagnostics.statistics import (
     sample,
     stride,
 )
-from diagnostics.statistics.stacks import STACKED, Stacks, from_host, in_order
+from diagnostics.statistics.stacks import STACKED, Stacks, from_host, order_of, reordered
 
 FRACTION_SAMPLE = 1024
 FP16_TINY = torch.finfo(torch.float16).tiny
@@ -72,16 +72,16 @@ def _parts(gradient: Tensor) -> Parts:
         nothing = torch.zeros((), device=values.device)
         return Parts(nothing, nothing, nothing, part)
     low, high = torch.aminmax(values)
-    peak = torch.maximum(high, -low)
-    return Parts(_norm(values, peak), peak, _nonfinite(values, part), part)
+    peak, few = torch.maximum(high, -low), real_values(part)
+    large = values.numel() > _LARGE  # so many are not finite as the sample says
+    nonfinite = _nonfinite(few) * (values.numel() / few.numel()) if large else _nonfinite(values)
+    return Parts(_norm(values, few, peak), peak, nonfinite, part)
 
 
-def _nonfinite(values: Tensor, part: Tensor) -> Tensor:
-    """How many elements are not finite; of a large gradient as many as its sample says."""
-    if values.numel() > _LARGE:
-        return _nonfinite(real_values(part), part) * (values.numel() / part.numel())
+def _nonfinite(values: Tensor, *dims: int) -> Tensor:
+    """How many elements are not finite: of all, or along some dimensions."""
     rest = values - values  # NaN just where the element is not finite
-    return torch.ne(rest, rest, out=rest).sum()
+    return torch.ne(rest, rest, out=rest).sum(dims)
 
 
 def safe_norm(gradient: Tensor) -> Tensor:
@@ -94,18 +94,18 @@ def safe_norm(gradient: Tensor) -> Tensor:
     return _norm(real_values(gradient))
 
 
-def _norm(values: Tensor, peak: Tensor | None = None) -> Tensor:
-    """The Euclidean norm.
+def _norm(values: Tensor, part: Tensor | None = None, peak: Tensor | None = None) -> Tensor:
+    """The Euclidean norm, given a sample and the peak where they are known.
 
     A large gradient's is taken in fp32. Where that has not held it, it is estimated from a sample: whoever looked again
     would have to wait for the device first, and to look twice at all of them takes five times as long.
     """
-    if is_quick(values):
+    if _is_quick(values):
         norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
         return norm
     if values.dtype == torch.float64 or values.device.type == "mps":
         return _scaled_norm(values, largest(values) if peak is None else peak)
-    part, norm = sample(values, FRACTION_SAMPLE), torch.linalg.vector_norm(values)
+    part, norm = sample(values, FRACTION_SAMPLE) if part is None else part, torch.linalg.vector_norm(values)
     estimate = torch.linalg.vector_norm(part, dtype=torch.float64) * math.sqrt(values.numel() / part.numel())
     held = (norm > 10**-_HELD) & (norm < 10**_HELD)
     return torch.where(held, norm.double(), estimate if peak is None else torch.maximum(estimate, peak))
@@ -151,10 +151,8 @@ def _row_profiles(rows: Tensor) -> Tensor:
     else:
         scale = torch.where(top > 0, top, torch.ones_like(top))
         norms = torch.linalg.vector_norm(values / scale[:, None], dim=1) * scale
-    rest = values - values
-    nonfinite = torch.ne(rest, rest, out=rest).sum(1)
     wide = norms.dtype
-    return torch.stack([norms, top.to(wide), *_row_fractions(rows).to(wide), nonfinite.to(wide)])
+    return torch.stack([norms, top.to(wide), *_row_fractions(rows).to(wide), _nonfinite(values, 1).to(wide)])
 
 
 def real_values(gradient: Tensor) -> Tensor:
@@ -164,7 +162,7 @@ def real_values(gradient: Tensor) -> Tensor:
     return values.float() if values.dtype in HALF else values
 
 
-def is_quick(values: Tensor) -> bool:
+def _is_quick(values: Tensor) -> bool:
     """Whether a norm in float64, which holds the squares, takes no longer than another pass over the memory."""
     small = values.numel() <= _LARGE or values.device.type == "cuda"
     return values.dtype == torch.float32 and small and values.device.type != "mps"
@@ -196,7 +194,8 @@ def peaks(gradients: Stacks, rows: Sequence[tuple[Sequence[int], Tensor]] = ()) 
         known = [(places, sizes.amax(1)) for places, sizes in rows if places[0] in apart]
         others = sorted(apart.keys() - {place for places, _ in known for place in places})
         found = [(others, _peaks_apart([gradients.tensors[place] for place in others])), *known]
-        return in_order(pack([one for _, one in found]), [apart[place] for places, _ in found for place in places])
+        order = order_of([apart[place] for places, _ in found for place in places])
+        return reordered(pack([one for _, one in found]), order)
 
     return gradients.reduce(lambda stack: pack([largest(stack, 1)]), of_rest)
 

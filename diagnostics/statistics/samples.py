@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.statistics import largest, pack, row_norms, spread
-from diagnostics.statistics.stacks import Stacks, in_order
+from diagnostics.statistics.stacks import Stacks, order_of, reordered
 
 
 class Samples:
@@ -34,6 +34,7 @@ class Samples:
             alike.setdefault((part.device, part.dtype, part.shape), []).append(place)
         self._apart = [*alike.values()]
         self._places = [*stacks.places, *self._apart]
+        self._order = order_of([*chain.from_iterable(self._places)])
         self._rows = [*stacks.rows, *(_side_by_side([parts[place] for place in places]) for places in self._apart)]
 
     def norms(self) -> Tensor:
@@ -68,7 +69,7 @@ class Samples:
         return self._in_order(found)
 
     def _in_order(self, found: Sequence[Tensor]) -> Tensor:
-        return in_order(pack(found), [*chain.from_iterable(self._places)])
+        return reordered(pack(found), self._order)
 
 
 def _part(tensor: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Layout:
     @cached_property
     def order(self) -> Tensor | None:
         """Where each tensor's result is among those of the stacks, one after the other, and of the rest behind them."""
-        return None if self.whole else _order((*chain.from_iterable(self.stacks), *self.rest))
+        return None if self.whole else order_of([*chain.from_iterable(self.stacks), *self.rest])
 
 
 class Stacks:
@@ -116,7 +116,7 @@ class Stacks:
         if len(found) == len(layout.stacks):
             return rows, places, layout.rest, layout.order
         apart = sorted(set(range(len(self.tensors))).difference(*places))
-        return rows, places, apart, _order((*chain.from_iterable(places), *apart))
+        return rows, places, apart, order_of([*chain.from_iterable(places), *apart])
 
     def reduce(
         self, of_rows: Callable[[Tensor], Tensor], of_rest: Callable[[Sequence[Tensor]], Tensor], dim: int = 0
@@ -134,20 +134,30 @@ class Stacks:
     def assemble(self, found: Sequence[Tensor], dim: int = 0) -> Tensor:
         """What was found about each stack, and about the rest behind them, as one tensor in order."""
         together = torch.cat([*found], dim) if len(found) > 1 else found[0]
-        return _reordered(together, self._stacked[3], dim)
+        return reordered(together, self._stacked[3], dim)
 
 
-def in_order(numbers: Tensor, places: Sequence[int]) -> Tensor:
-    """Numbers sorted by their places, which are 0, 1, 2 and so on.
+def order_of(places: Sequence[int]) -> Tensor | None:
+    """Where to find what stands at each place, of 0, 1, 2 and so on; None where everything stands at its own.
 
     Example:
-        >>> in_order(torch.tensor([1.0, 2.0, 3.0]), [2, 0, 1])
+        >>> order_of([2, 0, 1]), order_of([0, 1])
+        (tensor([1, 2, 0]), None)
+    """
+    if list(places) == list(range(len(places))):
+        return None
+    order = torch.empty(len(places), dtype=torch.long)
+    order[torch.tensor(places)] = torch.arange(len(places))
+    return order
+
+
+def reordered(together: Tensor, order: Tensor | None, dim: int = 0) -> Tensor:
+    """What stands together in an order of its own, put in that of the places.
+
+    Example:
+        >>> reordered(torch.tensor([1.0, 2.0, 3.0]), order_of([2, 0, 1]))
         tensor([2., 3., 1.])
     """
-    return _reordered(numbers, _order(tuple(places)), 0)
-
-
-def _reordered(together: Tensor, order: Tensor | None, dim: int) -> Tensor:
     return together if order is None else together.index_select(dim, from_host(order, together.device))
 
 
@@ -159,15 +169,6 @@ def from_host(tensor: Tensor, device: torch.device) -> Tensor:
         tensor([1.])
     """
     return tensor.to(device, non_blocking=True)
-
-
-def _order(places: tuple[int, ...]) -> Tensor | None:
-    """Where to find what stands at each place; None where everything stands at its own."""
-    if places == tuple(range(len(places))):
-        return None
-    order = torch.empty(len(places), dtype=torch.long)
-    order[torch.tensor(places)] = torch.arange(len(places))
-    return order
 
 
 @torch.no_grad()

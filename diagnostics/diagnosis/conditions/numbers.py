@@ -46,7 +46,8 @@ def underflow(case: Case) -> Iterator[Diagnosis]:
     """
     limit = case.thresholds.underflow_share
     fp16 = case.record.loss_scale != 1.0  # only fp16 needs a scaler
-    if not case.reaches(limit, "output.underflow_fraction", *["output.underflow_fp16_fraction"] * fp16):
+    shares = ("output.underflow_fraction", "output.underflow_fp16_fraction") if fp16 else ("output.underflow_fraction",)
+    if not case.reaches(limit, *shares):
         return
     lost = [(_share(one.output, half=True, fp16=fp16), one) for one in case.trunk[:-1]]
     share, worst = max(lost, key=lambda pair: pair[0], default=(0.0, None))
