@@ -61,6 +61,18 @@ def test_streaks_are_those_of_a_list_kept_by_hand(steps):
         assert dict(zip(found[0], found[1].tolist(), strict=True)) == pytest.approx(expected)
 
 
+def test_a_streak_goes_on_when_weights_are_judged_in_other_company():
+    """As where a gradient is missing at one step, so that others are measured side by side without it."""
+    units, row = DeadUnits({"one": 0, "other": 0}), torch.tensor([0.0, 1.5])
+    together, alone = {("one", "other"): torch.stack([row, row])}, {("one",): row[None]}
+    for step in range(DEAD_WINDOW):
+        names, found = units.update(together if step % 3 else alone)
+    assert (names, found.tolist()) == (["one"], [0.5])
+    for _ in range(DEAD_WINDOW):
+        names, found = units.update(together)
+    assert (names, found.tolist()) == (["one", "other"], [0.5, 0.5])
+
+
 def test_dead_units_of_a_relu_layer_are_counted_once_enough_steps_are_recorded():
     assert shares(half_dead(), squares, DEAD_WINDOW - 1) == {"0": None, "2": None}
     assert shares(half_dead(), squares) == {"0": pytest.approx(2 / 8), "2": 0.0}

@@ -28,7 +28,8 @@ from diagnostics.statistics import (
     total_norm,
     trusted,
 )
-from diagnostics.statistics.magnitudes import FRACTION_SAMPLE, Profile, profiles, safe_norm, take_apart
+from diagnostics.statistics.dead import unit_sizes
+from diagnostics.statistics.magnitudes import FRACTION_SAMPLE, Profile, peaks, profiles, safe_norm, take_apart
 from diagnostics.statistics.reading import Reader
 from diagnostics.statistics.samples import Samples
 from diagnostics.statistics.stacks import Stacks
@@ -271,6 +272,16 @@ class TestSample:
     def test_it_is_the_same_part_every_time(self) -> None:
         tensor = torch.randn(100, 100)
         assert torch.equal(sample(tensor, 1000), sample(tensor.clone(), 1000))
+
+
+def test_peaks_come_in_the_order_of_the_gradients_whoever_has_found_them() -> None:
+    torch.manual_seed(0)
+    shapes = [(70, 70), (3,), (60, 80), (70, 70), (5000,), (2, 2), (2, 2), (2, 2), (2, 2)]
+    gradients = [torch.randn(shape) * 10**-place for place, shape in enumerate(shapes)]
+    stacks = Stacks(gradients)
+    known = unit_sizes(stacks, {0: 0, 2: 1, 3: 0, 5: 0, 6: 0, 7: 0, 8: 0})
+    wanted = [one.abs().max().item() for one in gradients]
+    assert peaks(stacks, known).tolist() == peaks(stacks).tolist() == pytest.approx(wanted)
 
 
 class TestLargeProfiles:
