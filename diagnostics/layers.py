@@ -63,12 +63,12 @@ class GradientStats:
         norm: Euclidean norm.
         rms: ``norm / sqrt(numel)``, the size of a typical element.
         abs_max: Largest magnitude.
-        zero_fraction: Share of exact zeros, from a sample of at most 1,024 elements.
+        zero_fraction: Share of exact zeros, from a sample of at most about a thousand elements.
         underflow_fraction: Share of elements that are not zero but smaller in magnitude than the smallest normal number
             of the gradient's own dtype, from the same sample.
-        nonfinite: Number of NaN and infinite elements; of an output gradient of more than 65,536 elements estimated
-            from the same sample, and at least 1 where there is one. Such a gradient's norm comes from the sample too
-            where fp32 does not hold it: below 1e-15 or above 1e15.
+        nonfinite: Number of NaN and infinite elements; of an output gradient of more than 2,048 elements estimated
+            from a sample, and at least 1 where there is one. Such a gradient's norm comes from the sample too at a step
+            where it leaves the range of 1e-15 to 1e15, which fp32 is sure to hold; at those after it is exact.
         underflow_fp16_fraction: Share of elements that are not zero but smaller in magnitude than 6.1e-5, the smallest
             normal number of fp16, from the same sample: what a pass in fp16 would round or lose. Under a loss scaler an
             output gradient is judged as it is, scaled. bf16 has the range of fp32, so there is no such number for it.
@@ -99,7 +99,8 @@ class LayerRecord:
         weight: The gradient of the layer's own parameters before clipping; None where the layer has none of its own or
             none of them has a gradient.
         weight_norm: Euclidean norm of the trainable parameters, before the step, estimated from a sample of at most
-            4,096 elements of each parameter; None where all are frozen or the optimizer does not have them.
+            4,096 elements of each parameter, about 1,024 of one that has fewer than 65,536; None where all are frozen
+            or the optimizer does not have them.
         update_ratio: ``‖w_after - w_before‖ / ‖w_before‖`` over the same sample; None if the weights were all zero.
         gain: The local gain, ``‖gradient at the layer's input‖ / ‖gradient at its output‖``: below 1 the layer shrinks
             what passes back through it. An input that several consumers read (a residual stream, a hidden state that

@@ -14,7 +14,7 @@ from diagnostics import ClipByNorm, Monitor
 from diagnostics.statistics.reading import Parcel
 
 LAYERS = 6
-PACKING = {"stack": 2, "cat": 3, "index_select": 1, "_to_copy": 2, "zeros": 1}
+PACKING = {"stack": 2, "cat": 3, "index_select": 1, "_to_copy": 3, "zeros": 1}
 
 
 class Costs(TorchDispatchMode):

@@ -10,7 +10,8 @@ from torch import nn
 
 from diagnostics import Monitor
 from diagnostics.depth import find_owners, unit_weights
-from diagnostics.statistics.dead import DEAD_WINDOW, DeadUnits, row_share, row_sizes
+from diagnostics.statistics.dead import DEAD_WINDOW, DeadUnits, row_share, unit_sizes
+from diagnostics.statistics.stacks import Stacks
 
 
 def shares(model, loss, steps=DEAD_WINDOW, **options):
@@ -103,12 +104,14 @@ def test_a_gradient_of_1e_minus_30_is_alive(width, dtype):
 
 @pytest.mark.parametrize("size", [3, 3000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
-def test_row_sizes_are_zero_just_where_a_row_is(size, dtype):
+def test_unit_sizes_are_zero_just_where_a_row_is(size, dtype):
     gradient = torch.zeros(4, size, dtype=dtype)
     tiny = torch.finfo(dtype).tiny
     gradient[1, -1], gradient[2, 0], gradient[3, 1] = tiny, float("nan"), -1.0
-    assert (row_sizes(gradient) == 0).tolist() == [True, False, False, False]
-    assert (row_sizes(gradient.T.contiguous(), 1) == 0).tolist() == [True, False, False, False]
+    for one, dim in ((gradient, 0), (gradient.T.contiguous(), 1)):
+        ((places, sizes),) = unit_sizes(Stacks([one]), {0: dim})
+        assert places == [0]
+        assert (sizes == 0).tolist() == [[True, False, False, False]]
 
 
 def test_tokens_that_do_not_occur_are_not_dead_and_vectors_have_no_units():

@@ -71,6 +71,16 @@ def test_health_is_unknown_only_where_nothing_is_known():
     assert summary("a", condition="unknown").sick is None
 
 
+def test_no_row_is_healthy_and_no_more_while_a_rule_of_the_loop_is_broken():
+    broken = {"violations": ("missing_zero_grad",)}
+    runs = [summary("a", **broken), summary("b", "lr=1"), summary("c", "lr=2", severity=3, **broken)]
+    assert {row.label: row.verdict for row in assemble(runs).rows} == {
+        "a": "healthy gradients, unlawful loop",
+        "b": "healthy",
+        "c": "vanishing (severe)",
+    }
+
+
 @given(st.lists(st.none() | st.floats(-1e300, 1e300), max_size=9))
 def test_a_spread_holds_its_median_between_its_ends(values):
     spread, known = Spread.of(values), [value for value in values if value is not None]

@@ -24,7 +24,7 @@ class Backward:
         cleared: Parameters to which an earlier pass had added what no step has spent, and whose ``.grad`` was None.
         zeroed: Parameters of which the same is known with a ``.grad`` that was all zero; a few are looked at.
         touched: Whether gradients that no step had spent had been written to since the pass before.
-        peaks: Largest magnitude, in a sample, of a few of the gradients when the pass ended.
+        sizes: 1-norm, in a sample, of a few of the gradients when the pass ended.
         continued: Whether it is the rest of the pass before, in the middle of which a step was taken.
         training: Whether a watched model was in training mode.
     """
@@ -35,7 +35,7 @@ class Backward:
     cleared: frozenset[int] = NOBODY
     zeroed: frozenset[int] = NOBODY
     touched: bool = False
-    peaks: Mapping[int, float] = field(default_factory=dict)
+    sizes: Mapping[int, float] = field(default_factory=dict)
     continued: bool = False
     training: bool = True
 

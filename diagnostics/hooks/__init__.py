@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diagnostics import statistics
 from diagnostics.depth import Owner
-from diagnostics.depth.forward import Forward, Point, Roles
+from diagnostics.depth.forward import Forward, Point, Role, Roles
 from diagnostics.hooks import compiled
 from diagnostics.hooks.callback import Hook as _Hook
 from diagnostics.hooks.callback import adding, takes_hooks
@@ -58,6 +58,7 @@ class Watcher:
         forward: What the forward passes have shown.
         overdue: Called where a pass begins and where the timeline is taken; what it returns goes onto the timeline.
         leaves: What the models' first forward passes used.
+        in_range: Those gradients whose norm fp32 has held when last recorded, by the first of their roles.
         failure: The exception that switched the Watcher off.
         token: By which compiled graphs know the Watcher.
     """
@@ -76,13 +77,14 @@ class Watcher:
         self.forward = Forward(owners, len(models))
         self.overdue: Callable[[], Sequence[Any]] = tuple
         self.leaves = [Leaves() for _ in models]
+        self.in_range: set[Role] = set()
         self.failure: Exception | None = None
         self.token = compiled.enrol(self)
         self._owners = owners
         self._parameters: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
-        self._spent = Spent()
-        self._emptied = Spent()  # those of them that a pass found without a gradient
+        self._spent = Spent(self._gradients)
+        self._emptied = Spent(self._gradients)  # those of them that a pass found without a gradient
         self._added: list[int] = []  # what the running pass has added to, in order
         self._on_layers: dict[int, RemovableHandle] = {}
         self._eager: set[int] = set()  # layers whose hook has run, so that no compiled graph needs it
@@ -294,7 +296,7 @@ class Watcher:
         current = self._enter(_graph_task())
         only = gradient[0] if isinstance(gradient, tuple) else gradient  # None for one of several outputs that got none
         if only is not None:
-            current.gradients.append(measured(roles, only))
+            current.gradients.append(measured(roles, only, exact=roles[0] not in self.in_range))
 
     def _before_accumulation(self, _index: int, _gradient: Tensor) -> None:
         self._enter(_graph_task())
@@ -360,7 +362,7 @@ class Watcher:
         else:
             self._unspent |= self._current.cleared  # for the next pass to tell of
             self._spent.take(self._emptied)
-        self._emptied = Spent()
+        self._emptied = Spent(self._gradients)
         self._current = BackwardPass()
         self.forward.separate()
 
@@ -371,7 +373,7 @@ class Watcher:
         self._unspent -= cleared
         before, touched = self._marks.check()
         found = BackwardPass(cleared=cleared, before=before, touched=touched, training=self._training())
-        held, self._emptied = self._spent.held(self._gradients)
+        held, self._emptied = self._spent.held()
         if not held:
             return found
         found.held = tuple(held)

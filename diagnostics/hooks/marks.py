@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import repeat
 from typing import TypeAlias
 
@@ -17,21 +17,28 @@ import torch
 from torch import Tensor
 
 from diagnostics import statistics
-from diagnostics.statistics import magnitudes
 
 State: TypeAlias = tuple[weakref.ref[Tensor], int]
 """A tensor and how often it has been written to in place."""
+
+Gradients: TypeAlias = Callable[[Sequence[int]], "list[Tensor | None]"]
+
+FEW = 64
+"""So many gradients are known by weak references in any case."""
 
 _MOVED_AWAY: State = (weakref.ref(torch.empty(0)), 0)
 """Of a gradient that is gone when its pass ends: a hook has added it up elsewhere."""
 
 
-@dataclass(slots=True)
+NOTHING = torch.zeros(0)
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
-    """Largest magnitudes in a sample of some gradients, on the device; NaN where a gradient holds one."""
+    """The 1-norm of a sample of some gradients, on the device: a norm without squares, so that none is too small."""
 
     indices: tuple[int, ...] = ()
-    peaks: Tensor = field(default_factory=lambda: torch.zeros(0))
+    sizes: Tensor = NOTHING
 
 
 class Marks:
@@ -80,11 +87,20 @@ class Spent:
 
     Those of the newest step stay in lists. The next pass finds most of them cleared, and then that is all that there is
     to know; only otherwise each gets a state of its own.
+
+    As long as that has never happened, many are known by their ``id`` alone, since a thousand weak references per step
+    would double what Python's garbage collector has to do. Another tensor may have the ``id`` of one that is gone, but
+    not all of them those of theirs: so they are the same if all are, and else count as replaced.
+
+    Args:
+        gradients: Returns parameters' ``.grad`` by index.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradients: Gradients) -> None:
+        self._gradients = gradients
         self._states: dict[int, State] = {}
-        self._newest: tuple[Sequence[int], list[weakref.ref[Tensor]], list[int]] | None = None
+        self._newest: tuple[Sequence[int], Sequence[weakref.ref[Tensor]] | Sequence[int], list[int]] | None = None
+        self._by_id = True
 
     def __bool__(self) -> bool:
         return self._newest is not None or bool(self._states)
@@ -97,28 +113,41 @@ class Spent:
             self._states.update({index: state(gradient) for index, gradient in pairs if gradient is not None})
             return
         present: Sequence[Tensor] = gradients  # type: ignore[assignment] # none is None
-        self._newest = indices, list(map(weakref.ref, present)), list(map(_get_version, present))
+        by_id = self._by_id and len(present) > FEW
+        identities = [*map(id, present)] if by_id else [*map(weakref.ref, present)]
+        self._newest = indices, identities, list(map(_get_version, present))
 
     def states(self) -> dict[int, State]:
         """What is known by index, to look up and to change."""
         if self._newest is not None:
             (indices, tensors, versions), self._newest = self._newest, None
-            self._states.update(zip(indices, zip(tensors, versions, strict=True), strict=True))
+            references = self._by_weak_references(indices, tensors)
+            self._states.update(zip(indices, zip(references, versions, strict=True), strict=True))
         return self._states
 
-    def held(self, gradients: Callable[[Sequence[int]], list[Tensor | None]]) -> tuple[dict[int, Tensor], Spent]:
+    def held(self) -> tuple[dict[int, Tensor], Spent]:
         """Those that are still in ``.grad``, or others in their place; the rest is taken out and returned."""
-        out, held = Spent(), {}
+        out, held = Spent(self._gradients), {}
         newest = self._newest
-        if newest is not None and not any(map(operator.is_not, gradients(newest[0]), repeat(None))):
+        if newest is not None and not any(map(operator.is_not, self._gradients(newest[0]), repeat(None))):
             out._newest, self._newest = newest, None
         states = self.states()
-        for index, tensor in zip(tuple(states), gradients(tuple(states)), strict=True):
+        for index, tensor in zip(tuple(states), self._gradients(tuple(states)), strict=True):
             if tensor is None:
                 out._states[index] = states.pop(index)
             else:
                 held[index] = tensor
         return held, out
+
+    def _by_weak_references(
+        self, indices: Sequence[int], tensors: Sequence[weakref.ref[Tensor]] | Sequence[int]
+    ) -> Sequence[weakref.ref[Tensor]]:
+        if not tensors or not isinstance(tensors[0], int):
+            return tensors  # type: ignore[return-value] # all are of one kind
+        self._by_id, now = False, self._gradients(indices)
+        gone = _MOVED_AWAY[0]
+        same = [*map(id, now)] == tensors
+        return [weakref.ref(tensor) if same and tensor is not None else gone for tensor in now]
 
     def take(self, other: Spent) -> None:
         """Takes back what was taken out."""
@@ -146,5 +175,5 @@ def _version(tensor: Tensor) -> int:
 def _look(present: Sequence[tuple[int, Tensor]]) -> Look:
     if not present:
         return Look()
-    samples = [statistics.sample(tensor, magnitudes.FRACTION_SAMPLE) for _, tensor in present]
-    return Look(tuple(index for index, _ in present), statistics.pack([*map(statistics.largest, samples)]))
+    samples = [statistics.sample(tensor) for _, tensor in present]
+    return Look(tuple(index for index, _ in present), statistics.norms_apart(samples, 1.0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from diagnostics.depth.forward import OUTPUT, Roles
-from diagnostics.hooks.marks import Look
+from diagnostics.hooks.marks import NOTHING, Look
 from diagnostics.statistics import dead, magnitudes
+
+_NOWHERE = Look()
 
 
 @dataclass(slots=True)
@@ -21,6 +22,7 @@ class MeasuredGradient:
         numel: Number of elements.
         parts: What there is to know of it; None where no layer made the tensor.
         norm: Euclidean norm where that is so.
+        exact: Whether that holds whatever its size.
         share: For a fused recurrent layer the share of its results, one per example and step, that have a gradient.
     """
 
@@ -28,6 +30,7 @@ class MeasuredGradient:
     numel: int
     parts: magnitudes.Parts | Tensor | None = None
     norm: Tensor | None = None
+    exact: bool = True
     share: Tensor | None = None
 
 
@@ -51,23 +54,23 @@ class BackwardPass:
     """
 
     held: tuple[int, ...] = ()
-    leftover: Tensor = field(default_factory=lambda: torch.zeros(0))
+    leftover: Tensor = NOTHING
     replaced: frozenset[int] = frozenset()
     cleared: frozenset[int] = frozenset()
-    before: Look = field(default_factory=Look)
+    before: Look = _NOWHERE
     touched: bool = False
     accumulated: set[int] = field(default_factory=set)
     ends: tuple[int, ...] = ()
-    after: Look = field(default_factory=Look)
+    after: Look = _NOWHERE
     continued: bool = False
     training: bool = True
     gradients: list[MeasuredGradient] = field(default_factory=list)
 
 
-def measured(roles: Roles, gradient: Tensor) -> MeasuredGradient:
-    """What is kept of a gradient that arrives at a tensor between layers."""
+def measured(roles: Roles, gradient: Tensor, *, exact: bool) -> MeasuredGradient:
+    """What is kept of a gradient that arrives at a tensor between layers; for ``exact`` see ``magnitudes``."""
     numel = gradient.numel()
     if not any(role.kind == OUTPUT for role in roles):
-        return MeasuredGradient(roles, numel, norm=magnitudes.safe_norm(gradient))
+        return MeasuredGradient(roles, numel, norm=magnitudes.euclidean_norm(gradient, exact=exact), exact=exact)
     share = dead.row_share(gradient) if roles.fused else None
-    return MeasuredGradient(roles, numel, magnitudes.take_apart(gradient), share=share)
+    return MeasuredGradient(roles, numel, magnitudes.take_apart(gradient, exact=exact), share=share)

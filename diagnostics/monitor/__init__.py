@@ -126,6 +126,7 @@ class Monitor(Asynchronous, Resumable):
         self._fold: Tensor | None = None
         self._pending = deque()
         self._zeros: AbstractSet[int] = frozenset()
+        self._in_range = []
         self._ledger = Ledger(
             run or RunInfo(name=type(next(iter(models.values()))).__name__),
             Contract(self._catalogue.names, accumulate),

@@ -137,4 +137,5 @@ class Asynchronous(Steps):
             self._pending.popleft()
             pending.parcel.read()
             self._newest = pending.finish()
+            self._learn()
             self._say(self._newest)

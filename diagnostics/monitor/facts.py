@@ -23,7 +23,6 @@ from diagnostics.monitor.catalogue import Catalogue
 from diagnostics.monitor.observation import Observation
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, StepRecord
-from diagnostics.statistics import magnitudes
 from diagnostics.statistics.reading import Reader, Reading
 
 Fact: TypeAlias = Backward | Clip | Moved
@@ -52,7 +51,7 @@ class Facts:
         self._watcher = watcher
         self._reader = reader
         self._units = units
-        self._peaks: dict[int, float] = {}
+        self._sizes: dict[int, float] = {}
         self._owned: set[int] = set()
         self._stranded: dict[int, Tensor] = {}  # a sample of each value as it was first seen
         self._changes: dict[int, Reading] = {}
@@ -74,7 +73,7 @@ class Facts:
         """
         passes = [event for event in events if isinstance(event, BackwardPass)]
         asked = [
-            [self._reader.ask(tensor) for tensor in (one.leftover, one.before.peaks, one.after.peaks)] for one in passes
+            [self._reader.ask(tensor) for tensor in (one.leftover, one.before.sizes, one.after.sizes)] for one in passes
         ]
         self._changes = self._ask_stranded(passes)
         for ran in self._ran.values():
@@ -107,9 +106,9 @@ class Facts:
 
     def _backward(self, one: BackwardPass, leftover: Reading, before: Reading, after: Reading) -> Backward:
         found = _by_index(one.before, before)
-        zeroed = frozenset(index for index, peak in found.items() if peak == 0 != self._peaks.get(index, 0.0))
-        peaks = _by_index(one.after, after)
-        self._peaks |= found | peaks  # what is zero at one pass and still at the next was not zeroed again
+        zeroed = frozenset(index for index, size in found.items() if size == 0 != self._sizes.get(index, 0.0))
+        sizes = _by_index(one.after, after)
+        self._sizes |= found | sizes  # what is zero at one pass and still at the next was not zeroed again
         return Backward(
             frozenset(one.accumulated),
             dict(zip(one.held, leftover.values, strict=True)),
@@ -117,7 +116,7 @@ class Facts:
             one.cleared,
             zeroed,
             one.touched,
-            peaks,
+            sizes,
             one.continued,
             one.training,
         )
@@ -201,7 +200,7 @@ class Facts:
             if tensor is None or tensor.grad is None or index in self._owned or tensor.numel() == 0:
                 del self._stranded[index]
             else:
-                now = statistics.sample(tensor, magnitudes.FRACTION_SAMPLE)
+                now = statistics.sample(tensor)
                 asked[index] = self._reader.ask((now != first.to(now.device)).any())
         return asked
 
@@ -222,7 +221,7 @@ class Facts:
 
     @staticmethod
     def _sample(tensor: Tensor) -> Tensor:
-        return statistics.sample(tensor, magnitudes.FRACTION_SAMPLE).clone()
+        return statistics.sample(tensor).clone()
 
     def _look_for_unregistered(self) -> tuple[str, ...]:
         if self._unregistered is not None or not any(leaves.done for leaves in self._watcher.leaves):

@@ -108,9 +108,11 @@ class Ledger:
     def enter(self, record: StepRecord, fact: Step | None) -> StepRecord:
         """Takes a step; returns its record with violations and diagnoses. Without a fact the rules do not see it."""
         found, self._found = [*self._found, *(self._contract.step(fact) if fact else ())], []
-        record = replace(record, violations=tuple(found))
+        if found:
+            record = replace(record, violations=tuple(found))
         self._state, changed = diagnosis.advance(self._state, record, self._thresholds)
-        record = replace(record, diagnoses=tuple(prescribe(one, self.run) for one in changed))
+        if changed:
+            record = replace(record, diagnoses=tuple(prescribe(one, self.run) for one in changed))
         self._count(record)
         self.records.append(replace(record, layers=record.layers.unread()))
         self._hand_on()

@@ -16,6 +16,7 @@ from diagnostics.clipping.groups import GroupState
 from diagnostics.clipping.writing import Clipping
 from diagnostics.contract.acts import NOBODY, Compared
 from diagnostics.contract.rules.clips import EXCESS
+from diagnostics.depth.forward import Role
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp
 from diagnostics.monitor.assembly import (
@@ -144,7 +145,6 @@ class Observation:
         self._before = Samples(Stacks(self._held, self._held_roster.layout))
         self._weight_norms = self._before.norms()
         self._weights = reader.ask(self._weight_norms)
-        self._sampled_peaks = reader.ask(Samples(stacks).peaks()) if recorded else None
         self._places = unit.rate_places(self._held) if recorded else []
         self._moved: Reading | None = None
         self.compared: Compared | None = None
@@ -217,6 +217,10 @@ class Observation:
         for one in self.passes:
             one.gradients = []
 
+    def in_range(self) -> dict[Role, bool]:
+        """Whether fp32 holds the norm of each gradient between layers that was recorded, by its first role."""
+        return {} if self._recording is None else self._recording.in_range()
+
     def layers(self, table: Table, clip_factor: float = 1.0) -> Layers:
         """The layers' records, made from numbers alone when somebody looks: a record must not keep tensors alive.
 
@@ -266,16 +270,16 @@ class Observation:
         See :class:`diagnostics.contract.acts.Moved`. Gradient and value are looked at in the same sample.
         """
         assert self._moved is not None
-        assert self._sampled_peaks is not None
+        assert self._recording is not None
         moved, held, rates, norms = self._moved, self._held_roster, self._rate_of_each(), self._weights.values
-        peaks = dict(zip(self.indices, self._sampled_peaks.values, strict=True))
+        peaks = dict(zip(self.indices, self._recording.sampled_peaks.values, strict=True))
         least = NEGLIGIBLE * max(filter(math.isfinite, peaks.values()), default=0.0)
 
         def update(place: int) -> Update | None:
             peak = peaks.get(held.indices[place], 0.0)
             if peak < least:  # such as a bias before a normalisation: its gradient is rounding noise
                 return None
-            rms = norms[place] / math.sqrt(max(1, min(held.sizes[place], statistics.UPDATE_SAMPLE)))
+            rms = norms[place] * held.factors[place] / math.sqrt(max(1, held.sizes[place]))
             return Update(rates[place], peak, rms, held.resolutions[place])
 
         def told() -> tuple[set[int], dict[int, bool]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from diagnostics import statistics
 from diagnostics.depth import Call
-from diagnostics.depth.forward import OUTPUT, STREAM, Roles
+from diagnostics.depth.forward import OUTPUT, STREAM, Role, Roles
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor.assembly import Gradients, profiled
 from diagnostics.records import Column
 from diagnostics.statistics import magnitudes
 from diagnostics.statistics.dead import DeadUnits, unit_sizes
 from diagnostics.statistics.reading import Reader
-from diagnostics.statistics.stacks import Stacks
+from diagnostics.statistics.samples import Samples
+from diagnostics.statistics.stacks import STACKED, Stacks
 
 
 class Around:
@@ -83,6 +85,7 @@ class Recording:
     Attributes:
         peaks: The largest magnitude of every weight gradient.
         fractions: Shares of small numbers in every weight gradient, as ``magnitudes.fractions`` gives them.
+        sampled_peaks: The largest magnitude in a sample of every weight gradient.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Recording:
         parts = [one.parts for one in measured if one.parts is not None]
         self._made = [(one.roles, one.numel, one.share is not None) for one in measured if one.parts is not None]
         read = [one for one in measured if one.norm is not None]
-        self._read = [(one.roles, one.numel) for one in read]
+        self._read = [(one.roles, one.numel, one.exact) for one in read]
         self._profiles = reader.ask(magnitudes.profiles(parts))
         self._norms = reader.ask(statistics.pack([one.norm for one in read if one.norm is not None]))
         self._shares = reader.ask(statistics.pack([one.share for one in measured if one.share is not None]))
@@ -106,11 +109,18 @@ class Recording:
         self._judged, shares = dead.update({tuple(names[place] for place in places): sizes for places, sizes in rows})
         self._dead = reader.ask(shares)
         self.peaks = reader.ask(magnitudes.peaks(gradients, rows))
-        self.fractions = reader.ask(magnitudes.fractions(gradients))
+        samples = Samples(gradients)
+        self.fractions = reader.ask(magnitudes.fractions(samples))
+        self.sampled_peaks = reader.ask(samples.peaks())
 
     def dead(self) -> dict[str, float]:
         """The share of dead units by name of the weight."""
         return dict(zip(self._judged, self._dead.values, strict=True))
+
+    def in_range(self) -> dict[Role, bool]:
+        """Whether fp32 holds the norm of each gradient that is not a small one, by its first role."""
+        norms = zip(self._made, self._profiles.values, strict=False), zip(self._read, self._norms.values, strict=True)
+        return {roles[0]: magnitudes.is_held(norm) for (roles, numel, _), norm in chain(*norms) if numel > STACKED}
 
     def around(self, scale: float) -> Callable[[], tuple[Around, Gradients]]:
         """Makes what passed back through the layers from numbers alone, later: a record must not keep tensors alive.
@@ -118,14 +128,16 @@ class Recording:
         Args:
             scale: The loss scale.
         """
-        made, read = self._made, self._read
+        made = self._made
         profiles, norms, shares = self._profiles.values, self._norms.values, self._shares.values
+        both = zip(self._read, norms, strict=True)
+        read = [(roles, numel, norm) for (roles, numel, exact), norm in both if exact or magnitudes.is_held(norm)]
 
         def make() -> tuple[Around, Gradients]:
             around = Around()
             for place, (roles, numel, _) in enumerate(made):
                 around.add(roles, numel, profiles[place], place)
-            for (roles, numel), norm in zip(read, norms, strict=True):
+            for roles, numel, norm in read:
                 around.add(roles, numel, norm)
             outputs = profiled([numel for _, numel, _ in made], profiles, scale)
             fused = (place for place, one in enumerate(made) if one[2])

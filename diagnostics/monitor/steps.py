@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diagnostics import diagnosis
+from diagnostics.depth.forward import Role
 from diagnostics.hooks.passes import BackwardPass
 from diagnostics.monitor import amp, fused
 from diagnostics.monitor.catalogue import Catalogue
@@ -48,6 +49,7 @@ class Steps(Guarded, Resumable):
     _scaler: torch.amp.GradScaler | None
     _own_clip: ClipRecord | None
     _zeros: AbstractSet[int]
+    _in_range: list[dict[Role, bool]]
 
     def _observe(self, unit: Unit, *, recorded: bool | None = None) -> Observation:
         """Asks for everything that the step needs, reads it by one copy, and notes what went before."""
@@ -63,6 +65,7 @@ class Steps(Guarded, Resumable):
             recorded: Whether to record it; None as the schedule says.
             again: Whether there may be a second look at gradients that fp32 has not held.
         """
+        self._learn()
         events = self._watcher.drain()
         self._watcher.adopt(self._catalogue.adopt(unit.parameters()))
         passes = [event for event in events if isinstance(event, BackwardPass)]
@@ -91,6 +94,13 @@ class Steps(Guarded, Resumable):
             self._enter_lost(lost)
 
         return Asked(observation, told)
+
+    def _learn(self) -> None:
+        """Tells the hooks which norms fp32 has held: one step late, which is when a mode that never waits knows it."""
+        for found in self._in_range:
+            self._watcher.in_range.difference_update(found)
+            self._watcher.in_range.update(role for role, known in found.items() if known)
+        self._in_range.clear()
 
     def _collect_lost(self, events: Sequence[Any]) -> list[tuple[LostStep, Reading]]:
         return [(one, self._reader.ask(one.scale)) for one in self._units.collect(events)]
@@ -161,6 +171,8 @@ class Steps(Guarded, Resumable):
                 recorded=observation.recorded,
             )
             record = self._ledger.enter(record, fact(record))
+            if observation.recorded:
+                self._in_range.append(observation.in_range())
             if not skipped:
                 observation.clipping.enter(seen.clip.total_norm)
             if record.recorded and not (skipped or closure):

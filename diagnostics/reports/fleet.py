@@ -13,7 +13,7 @@ from statistics import median
 
 from diagnostics.records import SEVERITY_NAMES, WARNING, RunInfo
 
-UNKNOWN = "unknown"
+HEALTHY, UNKNOWN = "healthy", "unknown"
 MANY_VALUES = 3  # more different numbers than this are split at one threshold
 
 
@@ -152,8 +152,10 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """The sickest run's, with its severity in words."""
-        return f"{self.condition} ({SEVERITY_NAMES[self.severity]})" if self.severity else self.condition
+        """The sickest run's, with its severity in words; never calm while a rule of the loop is broken."""
+        if self.severity:
+            return f"{self.condition} ({SEVERITY_NAMES[self.severity]})"
+        return "healthy gradients, unlawful loop" if self.violations and self.condition == HEALTHY else self.condition
 
     @property
     def status(self) -> str:

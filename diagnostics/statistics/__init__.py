@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import repeat
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from diagnostics.statistics.stacks import Stacks
 
-UPDATE_SAMPLE = 4096
+LARGEST_SAMPLE = 4096
+SMALLEST_SAMPLE = 1024
 RUN = 16
 """So many numbers of fp32 are a line of the cache."""
+_CANDIDATES = 4
+"""With the nearest prime one sample in ten sees some columns twenty times too rarely, with the best of four none."""
 TRUSTED_DECADES = 30.0
 """fp32 reaches 38 decades down and up from 1; a sum of powers this far out is held with room to spare."""
 
@@ -77,8 +80,8 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tens
 def stacked_norms(stacks: Stacks, norm_type: float = 2.0) -> Tensor:
     """The same of tensors that are stacked where that saves kernels: on a CPU."""
     if not stacks.tensors or stacks.tensors[0].device.type != "cpu":
-        return _norms_apart(stacks.tensors, norm_type)
-    return stacks.reduce(lambda rows: row_norms(rows, norm_type), lambda rest: _norms_apart(rest, norm_type))
+        return norms_apart(stacks.tensors, norm_type)
+    return stacks.reduce(lambda rows: row_norms(rows, norm_type), lambda rest: norms_apart(rest, norm_type))
 
 
 def row_norms(rows: Tensor, norm_type: float = 2.0) -> Tensor:
@@ -92,7 +95,9 @@ def row_norms(rows: Tensor, norm_type: float = 2.0) -> Tensor:
     return norms
 
 
-def _norms_apart(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+@torch.no_grad()
+def norms_apart(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The same of a few tensors, of which none are worth stacking."""
     values = [dense(gradient) for gradient in gradients]
     norms: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -188,49 +193,54 @@ def _scaled_norms(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     return pack([parameter_norms(scaled, norm_type)]) * pack(scales)
 
 
-def sample(tensor: Tensor, limit: int) -> Tensor:
-    """A fixed, evenly spread part of a tensor: a view where the tensor is contiguous.
-
-    The stride is a prime that does not divide the tensor, since one that divides the row sees the same columns again
-    and again (a layer with dead columns would be judged by all of them or none).
-
-    Example:
-        >>> sample(torch.arange(6), 4)
-        tensor([0, 5])
-        >>> sample(torch.arange(6), 6).shape
-        torch.Size([6])
-    """
-    flat = detached(dense(tensor)).reshape(-1)
-    return flat if flat.numel() <= limit else flat[:: stride(flat.numel(), limit)]
-
-
-def spread(tensor: Tensor) -> Tensor:
-    """A fixed, evenly spread part of a tensor, of at most ``UPDATE_SAMPLE`` elements: all of it, or runs of neighbours.
+def sample(tensor: Tensor) -> Tensor:
+    """A fixed, evenly spread part of a tensor: all of a small one, else runs of neighbours.
 
     Where every seventeenth element is looked at one by one, all of the memory is read; runs as long as a line of the
-    cache read a part of it. How far they lie apart is a prime, as in :func:`sample`.
+    cache read a part of it. How far they lie apart is chosen so that they fall on all columns alike: a layer with dead
+    columns would else be judged by all of them or by none.
 
     Returns:
-        Shape ``[runs, RUN]``, a view where the tensor is contiguous; one-dimensional where it is the whole tensor.
+        All of at most ``LARGEST_SAMPLE`` elements, one-dimensional. Of more about a 64th, but no fewer than
+        ``SMALLEST_SAMPLE`` and no more than ``LARGEST_SAMPLE``, in shape ``[runs, RUN]``. A view where the tensor is
+        contiguous.
 
     Example:
-        >>> spread(torch.zeros(3, 2)).shape, spread(torch.zeros(100, 100)).shape
-        (torch.Size([6]), torch.Size([244, 16]))
+        >>> sample(torch.zeros(3, 2)).shape, sample(torch.zeros(100, 100)).shape
+        (torch.Size([6]), torch.Size([64, 16]))
     """
-    flat = detached(dense(tensor)).reshape(-1)
-    return flat if flat.numel() <= UPDATE_SAMPLE else flat.unfold(0, RUN, stride(flat.numel(), UPDATE_SAMPLE // RUN))
+    values = detached(dense(tensor))
+    flat = values.reshape(-1)
+    return flat if flat.numel() <= LARGEST_SAMPLE else flat.unfold(0, RUN, _apart(values.shape))
 
 
-def spread_size(numel: int) -> int:
-    """How many elements :func:`spread` takes of so many.
+def sample_size(shape: torch.Size) -> int:
+    """How many elements :func:`sample` takes of a dense tensor of a shape.
 
     Example:
-        >>> spread_size(6), spread_size(10_000)
-        (6, 3904)
+        >>> sample_size(torch.Size([6])), sample_size(torch.Size([100, 100]))
+        (6, 1024)
     """
-    if numel <= UPDATE_SAMPLE:
-        return numel
-    return ((numel - RUN) // stride(numel, UPDATE_SAMPLE // RUN) + 1) * RUN
+    numel = shape.numel()
+    return numel if numel <= LARGEST_SAMPLE else ((numel - RUN) // _apart(shape) + 1) * RUN
+
+
+@lru_cache(maxsize=4096)
+def _apart(shape: torch.Size) -> int:
+    """How far the runs of a sample lie apart: that of a few primes with which they are spread best over the columns."""
+    numel = shape.numel()
+    columns = shape[-1] if shape[-1] > RUN else numel // shape[0]
+    steps = [stride(numel, min(max(SMALLEST_SAMPLE, numel // 64), LARGEST_SAMPLE) // RUN)]
+    while len(steps) < _CANDIDATES:
+        steps.append(_next_prime(steps[-1] + 1, numel))
+    return min(steps, key=lambda step: _largest_gap(numel, step, columns))
+
+
+def _largest_gap(numel: int, step: int, columns: int) -> int:
+    """How many columns, at most, lie between two neighbours of those where runs begin; at least a run's."""
+    starts = sorted(place % columns for place in range(0, numel - RUN + 1, step))
+    gaps = (later - earlier for earlier, later in zip(starts, [*starts[1:], starts[0] + columns], strict=True))
+    return max(RUN, *gaps)
 
 
 def largest(values: Tensor, dim: int | None = None) -> Tensor:
@@ -269,16 +279,18 @@ def detached(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """All elements of small tensors in one float64 vector (fp32 where a device has no float64) on one device."""
-    full = [tensor for tensor in tensors if tensor.numel()]
-    if not full:
-        return torch.zeros(0, dtype=torch.float64)
-    device = next((tensor.device for tensor in full if tensor.device.type != "cpu"), full[0].device)
+    full = [tensor.reshape(-1) for tensor in tensors if tensor.numel()]
+    return beside(full) if full else torch.zeros(0, dtype=torch.float64)
+
+
+def beside(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors beside each other along the last dimension, with dtype and device as :func:`pack` gives them."""
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    flat = [tensor.reshape(-1) for tensor in full]
-    if len({(tensor.device, tensor.dtype) for tensor in full}) == 1:
-        return (torch.cat(flat) if len(flat) > 1 else flat[0]).to(device, dtype)  # one conversion for all
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
+        return (torch.cat([*tensors], -1) if len(tensors) > 1 else tensors[0]).to(device, dtype)  # one conversion
     # What comes from the host need not be waited for; the device is the host only where all tensors are there.
-    return torch.cat([tensor.to(device, dtype, non_blocking=True) for tensor in flat])
+    return torch.cat([tensor.to(device, dtype, non_blocking=True) for tensor in tensors], -1)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -295,10 +307,14 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
-@cache
+@lru_cache(maxsize=4096)
 def stride(numel: int, limit: int) -> int:
     """By how many elements those of a sample lie apart, of more than so many."""
-    step = max(2, math.ceil(numel / limit))
+    return _next_prime(max(2, math.ceil(numel / limit)), numel)
+
+
+def _next_prime(step: int, numel: int) -> int:
+    """The first prime from a number on that does not divide another."""
     while numel % step == 0 or not _is_prime(step):
         step += 1
     return step

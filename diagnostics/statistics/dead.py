@@ -108,28 +108,15 @@ def unit_sizes(gradients: Stacks, unit_dims: Mapping[int, int]) -> list[tuple[li
             units = gradients.tensors[places[0]].shape[0]
             found.append((places, largest(real_values(rows).reshape(len(places), units, -1), 2)))
     done = {place for places, _ in found for place in places}
-    alike: dict[tuple[torch.device, torch.dtype, int], list[tuple[int, Tensor]]] = {}
+    alike: dict[tuple[torch.device, torch.dtype, int], list[tuple[int, Tensor, Tensor]]] = {}
     for place, dim in unit_dims.items():
         gradient = gradients.tensors[place]
         if place not in done and gradient.numel() and not gradient.is_sparse:
-            sizes = row_sizes(gradient, dim)
-            alike.setdefault((sizes.device, sizes.dtype, len(sizes)), []).append((place, sizes))
-    return [
-        *found,
-        *(([place for place, _ in one], torch.stack([sizes for _, sizes in one])) for one in alike.values()),
-    ]
-
-
-def row_sizes(gradient: Tensor, unit_dim: int = 0) -> Tensor:
-    """For every unit of a weight the largest magnitude of its gradient, shape ``[units]``.
-
-    Args:
-        gradient: Dense, of at least two dimensions.
-        unit_dim: The dimension that counts units.
-
-    Example:
-        >>> row_sizes(torch.tensor([[0.0, 0.0], [1e-30, 0.0]])) == 0
-        tensor([ True, False])
-    """
-    values = real_values(gradient)
-    return largest((values.movedim(unit_dim, 0) if unit_dim else values).flatten(1), 1)
+            values = real_values(gradient)
+            by_unit = (values.movedim(dim, 0) if dim else values).flatten(1)
+            high, low = by_unit.amax(1), by_unit.amin(1)
+            alike.setdefault((high.device, high.dtype, len(high)), []).append((place, high, low))
+    for one in alike.values():
+        high, low = (torch.stack([ends[which] for _, *ends in one]) for which in (0, 1))
+        found.append(([place for place, *_ in one], torch.maximum(high, -low)))
+    return found

@@ -1,8 +1,8 @@
 """How large the elements of a gradient are: profiles, peaks, shares of zeros and of numbers that are too small.
 
 Tensor in, small tensor out; nothing here writes to its input or waits for the device. Sums of squares leave the range
-of fp32 where vanishing and exploding nets live, so norms are taken in float64, relative to the peak, or where they left
-it from a sample.
+of fp32 where vanishing and exploding nets live, so a norm is taken in float64, or relative to the peak; except that of
+a gradient which fp32 has held before.
 """
 
 from __future__ import annotations
@@ -14,29 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import (
-    HALF,
-    TRUSTED_DECADES,
-    dense,
-    detached,
-    largest,
-    pack,
-    parameter_norms,
-    sample,
-    stride,
-)
+from diagnostics.statistics import HALF, dense, detached, largest, pack, parameter_norms, sample, stride
+from diagnostics.statistics.samples import Samples
 from diagnostics.statistics.stacks import STACKED, Stacks, from_host, order_of, reordered
 
 FRACTION_SAMPLE = 1024
 FP16_TINY = torch.finfo(torch.float16).tiny
 SMALL = 4096
-_LARGE = 65536
-_HELD = TRUSTED_DECADES / 2
-"""Decades up and down from 1 in which fp32 holds the squares of what a norm is made of."""
+HELD_DECADES = 15.0
+"""How far from 1, in decades, fp32 holds a norm and the squares that it is made of, with room to spare."""
 
 
 class Profile(NamedTuple):
-    """The rows of :func:`profiles`: the shares of zeros and of too small numbers come from a sample."""
+    """The rows of :func:`profiles`: the shares of zeros and of too small numbers come from a sample.
+
+    So does the number of non-finite elements of more than ``STACKED``.
+    """
 
     norm: float
     peak: float
@@ -47,68 +40,74 @@ class Profile(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A gradient that will soon be gone, in few kernels; :func:`profiles` does the rest for many of them at once."""
+    """A gradient that will soon be gone, in few kernels; :func:`profiles` does the rest for many of them at once.
 
+    Attributes:
+        numel: Number of elements.
+        norm: Euclidean norm.
+        exact: Whether that holds whatever its size.
+        low: Smallest element.
+        high: Largest one.
+        sample: Some elements.
+    """
+
+    numel: int
     norm: Tensor
-    peak: Tensor
-    nonfinite: Tensor
+    exact: bool
+    low: Tensor
+    high: Tensor
     sample: Tensor
 
 
-def take_apart(gradient: Tensor) -> Parts | Tensor:
+def take_apart(gradient: Tensor, *, exact: bool = True) -> Parts | Tensor:
     """What :func:`profiles` needs of a gradient: real or complex, dense or sparse, any shape.
 
     Of a small plain gradient that is a copy, to be measured together with others of its shape.
+
+    Args:
+        gradient: The gradient.
+        exact: False takes a fifth of the time: the norm is taken in fp32. Where that turns out not to have held it, it
+            is estimated from a sample, since whoever looked again would have to wait for the device first.
     """
     if gradient.numel() <= STACKED and type(gradient) is Tensor and not (gradient.is_sparse or gradient.is_complex()):
         return detached(gradient).clone(memory_format=torch.contiguous_format)
-    return _parts(gradient)
+    return _parts(gradient, exact=exact)
 
 
-def _parts(gradient: Tensor) -> Parts:
-    part = sample(gradient, FRACTION_SAMPLE).clone()
-    values = real_values(gradient)
+def _parts(gradient: Tensor, *, exact: bool = True) -> Parts:
+    values, part = _real(gradient), sample(gradient).clone()
     if values.numel() == 0:
         nothing = torch.zeros((), device=values.device)
-        return Parts(nothing, nothing, nothing, part)
+        return Parts(0, nothing, True, nothing, nothing, part)
     low, high = torch.aminmax(values)
-    peak, few = torch.maximum(high, -low), real_values(part)
-    large = values.numel() > _LARGE  # so many are not finite as the sample says
-    nonfinite = _nonfinite(few) * (values.numel() / few.numel()) if large else _nonfinite(values)
-    return Parts(_norm(values, few, peak), peak, nonfinite, part)
+    return Parts(values.numel(), euclidean_norm(gradient, exact=exact), exact, low, high, part)
 
 
-def _nonfinite(values: Tensor, *dims: int) -> Tensor:
-    """How many elements are not finite: of all, or along some dimensions."""
-    rest = values - values  # NaN just where the element is not finite
-    return torch.ne(rest, rest, out=rest).sum(dims)
-
-
-def safe_norm(gradient: Tensor) -> Tensor:
-    """The Euclidean norm over the whole range of a dtype, 0-dim.
+def euclidean_norm(gradient: Tensor, *, exact: bool = True) -> Tensor:
+    """The Euclidean norm, 0-dim, over the whole range of a dtype; or quickly, where the range of fp32 will do.
 
     Example:
-        >>> safe_norm(torch.tensor([3e-30, 4e-30]))
+        >>> euclidean_norm(torch.tensor([3e-30, 4e-30]))
         tensor(5.0000e-30, dtype=torch.float64)
     """
-    return _norm(real_values(gradient))
-
-
-def _norm(values: Tensor, part: Tensor | None = None, peak: Tensor | None = None) -> Tensor:
-    """The Euclidean norm, given a sample and the peak where they are known.
-
-    A large gradient's is taken in fp32. Where that has not held it, it is estimated from a sample: whoever looked again
-    would have to wait for the device first, and to look twice at all of them takes five times as long.
-    """
-    if _is_quick(values):
-        norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-        return norm
+    values = _real(gradient)
+    if not exact:
+        quick: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.dtype in HALF else None)
+        return quick
     if values.dtype == torch.float64 or values.device.type == "mps":
-        return _scaled_norm(values, largest(values) if peak is None else peak)
-    part, norm = sample(values, FRACTION_SAMPLE) if part is None else part, torch.linalg.vector_norm(values)
-    estimate = torch.linalg.vector_norm(part, dtype=torch.float64) * math.sqrt(values.numel() / part.numel())
-    held = (norm > 10**-_HELD) & (norm < 10**_HELD)
-    return torch.where(held, norm.double(), estimate if peak is None else torch.maximum(estimate, peak))
+        return _scaled_norm(real_values(gradient))
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm
+
+
+def is_held(norm: float) -> bool:
+    """Whether a norm that was taken quickly is the true one.
+
+    Example:
+        >>> is_held(1e-10), is_held(0.0), is_held(math.nan)
+        (True, False, False)
+    """
+    return 10**-HELD_DECADES < norm < 10**HELD_DECADES
 
 
 @torch.no_grad()
@@ -137,9 +136,31 @@ def profiles(parts: Sequence[Parts | Tensor]) -> Tensor:
 
 
 def _profiles_apart(parts: Sequence[Parts]) -> Tensor:
-    norms, peaks, nonfinite = (pack(column) for column in list(zip(*parts, strict=True))[:3])
-    shares = _fractions_apart([part.sample for part in parts]).to(norms.device)
-    return torch.stack([norms, peaks, *shares, nonfinite])
+    sampled = Samples(Stacks([part.sample for part in parts])).reduce(_row_samples)
+    zero, own, fp16, nonfinite, rms = sampled
+    norms = pack([part.norm for part in parts]).to(sampled.device)
+    peaks = torch.maximum(pack([part.high for part in parts]), -pack([part.low for part in parts])).to(sampled.device)
+    numel = from_host(torch.tensor([float(part.numel) for part in parts]), sampled.device)
+    if not all(part.exact for part in parts):
+        exact = from_host(torch.tensor([part.exact for part in parts]), sampled.device)
+        held = exact | ((norms > 10**-HELD_DECADES) & (norms < 10**HELD_DECADES))
+        norms = torch.where(held, norms, torch.maximum(rms * numel.sqrt(), peaks))
+    return torch.stack([norms, peaks, zero, own, fp16, nonfinite * numel])
+
+
+def _row_samples(rows: Tensor) -> Tensor:
+    """Of samples that are rows: the shares of small numbers, the share that is not finite, the root mean square."""
+    values, count = real_values(rows), float(max(1, rows.shape[1]))
+    kind = torch.float32 if rows.device.type == "mps" else torch.float64
+    norms = torch.linalg.vector_norm(values, dim=1, dtype=kind)
+    others = torch.stack([_nonfinite(values, 1).to(kind) / count, norms / math.sqrt(count)])
+    return torch.cat([_row_fractions(rows).to(kind), others])
+
+
+def _nonfinite(values: Tensor, *dims: int) -> Tensor:
+    """How many elements are not finite: of all, or along some dimensions."""
+    rest = values - values  # NaN just where the element is not finite
+    return torch.ne(rest, rest, out=rest).sum(dims)
 
 
 def _row_profiles(rows: Tensor) -> Tensor:
@@ -151,25 +172,25 @@ def _row_profiles(rows: Tensor) -> Tensor:
     else:
         scale = torch.where(top > 0, top, torch.ones_like(top))
         norms = torch.linalg.vector_norm(values / scale[:, None], dim=1) * scale
-    wide = norms.dtype
-    return torch.stack([norms, top.to(wide), *_row_fractions(rows).to(wide), _nonfinite(values, 1).to(wide)])
+    kind = norms.dtype
+    return torch.stack([norms, top.to(kind), *_row_fractions(rows).to(kind), _nonfinite(values, 1).to(kind)])
 
 
 def real_values(gradient: Tensor) -> Tensor:
     """The elements as real numbers that are at least fp32."""
-    values = detached(dense(gradient))
-    values = values.abs() if values.is_complex() else values
+    values = _real(gradient)
     return values.float() if values.dtype in HALF else values
 
 
-def _is_quick(values: Tensor) -> bool:
-    """Whether a norm in float64, which holds the squares, takes no longer than another pass over the memory."""
-    small = values.numel() <= _LARGE or values.device.type == "cuda"
-    return values.dtype == torch.float32 and small and values.device.type != "mps"
+def _real(gradient: Tensor) -> Tensor:
+    """The elements as real numbers of their own dtype."""
+    values = detached(dense(gradient))
+    return values.abs() if values.is_complex() else values
 
 
-def _scaled_norm(values: Tensor, peak: Tensor) -> Tensor:
+def _scaled_norm(values: Tensor) -> Tensor:
     """The Euclidean norm relative to the peak."""
+    peak = largest(values)
     relative = torch.linalg.vector_norm(values / torch.where(peak > 0, peak, torch.ones_like(peak)))
     return pack([relative]) * pack([peak])
 
@@ -208,20 +229,19 @@ def _peaks_apart(gradients: Sequence[Tensor]) -> Tensor:
     return pack([found[place] if place in found else largest(value) for place, value in enumerate(values)])
 
 
-@torch.no_grad()
-def fractions(gradients: Stacks) -> Tensor:
-    """Shares in a sample of every gradient: of zeros, of subnormal numbers, of what would be subnormal in fp16.
+def fractions(samples: Samples) -> Tensor:
+    """Shares in some samples: of zeros, of subnormal numbers, of what would be subnormal in fp16.
 
     Returns:
-        Shape ``[3, len(gradients)]``.
+        Shape ``[3, samples]``.
 
     Example:
-        >>> fractions(Stacks([torch.tensor([0.0, 1.0, 1e-6, 1e-40])]))
+        >>> fractions(Samples(Stacks([torch.tensor([0.0, 1.0, 1e-6, 1e-40])])))
         tensor([[0.2500],
                 [0.2500],
                 [0.5000]], dtype=torch.float64)
     """
-    return gradients.reduce(_row_fractions, _fractions_apart, dim=1)
+    return samples.reduce(_row_fractions)
 
 
 def _row_fractions(rows: Tensor) -> Tensor:
@@ -231,20 +251,4 @@ def _row_fractions(rows: Tensor) -> Tensor:
     zero = torch.eq(sizes, 0, out=marks).sum(1)
     limits = (torch.finfo(sizes.dtype).tiny, FP16_TINY)
     counts = torch.stack([zero, *(torch.lt(sizes, limit, out=marks).sum(1) - zero for limit in limits)])
-    return (counts.double() if rows.device.type != "mps" else counts) / sizes.shape[1]
-
-
-def _fractions_apart(gradients: Sequence[Tensor]) -> Tensor:
-    groups: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
-    samples = [sample(gradient, FRACTION_SAMPLE) for gradient in gradients]
-    for place, part in enumerate(samples):
-        if part.numel():
-            groups.setdefault((part.device, part.dtype, part.numel()), []).append(place)
-    found = torch.zeros(3, len(samples), dtype=torch.float64)
-    for (device, _, _), places in groups.items():
-        shares = _row_fractions(torch.stack([samples[place] for place in places]))
-        if len(places) == len(samples):
-            return shares
-        order = from_host(torch.tensor(places), device)
-        found = found.to(device, shares.dtype).index_copy(1, order, shares)
-    return found
+    return (counts.double() if rows.device.type != "mps" else counts) / max(1, sizes.shape[1])

@@ -18,6 +18,8 @@ from diagnostics.contract.rules import Finding, Judge, at, describe
 from diagnostics.contract.rules.windows import Windows
 
 _REMEMBERED = 4096
+_SURE = 1e-19
+"""Gradients that are not smaller in sum have a 2-norm above zero, even where nobody may look at it more closely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Gradients(Judge):
         self._names = names
         self._accumulate = accumulate
         self._inside: dict[int, _Spent] = {}  # parameters whose gradient still holds what a step has spent
-        self._peaks: dict[int, float] = {}
+        self._sizes: dict[int, float] = {}
         self._owners: dict[int, str] = {}  # which optimizer spends a parameter's gradient, as far as has been seen
         self._steps: dict[str, int] = {}  # the newest step by optimizer
         self._pass = 0
@@ -56,8 +58,8 @@ class Gradients(Judge):
             self._pass += 1
             self._look(fact)
         self.windows.add(fact.accumulated, self._pass)
-        self._peaks.update(fact.peaks)
-        if not all(map(math.isfinite, fact.peaks.values())):
+        self._sizes.update(fact.sizes)
+        if not all(map(math.isfinite, fact.sizes.values())):
             self._unsound.add(self._pass)
         if not fact.training:
             self._aside.add(self._pass)
@@ -115,7 +117,7 @@ class Gradients(Judge):
     def _nothing(self, fact: Step, held: AbstractSet[int]) -> Iterable[Finding]:
         """A step that finds no gradient, or nothing but zeros."""
         fresh = self.windows.fresh(held)
-        wiped = fresh if not fact.norms else {index for index in fresh if self._peaks.get(index, 0.0) != 0}
+        wiped = fresh if not fact.norms else {index for index in fresh if not self._sizes.get(index, 0.0) < _SURE}
         passes = self.windows.inside(fresh)
         if wiped:  # by a closure's step, which may clear what it has spent; or by a loop that skips what is not finite
             if not fact.closure and self._unsound.isdisjoint(passes):
