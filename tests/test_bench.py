@@ -69,7 +69,18 @@ def test_the_parts_are_tables_too(tmp_path, monkeypatch, capsys):
 def test_all_variants_of_a_workload_take_the_same_steps(name, clipping, micro_batches, tmp_path):
     spent = {}  # AdamW takes the same step whatever all gradients are multiplied by; its first moments tell
     with variants.Stage(tmp_path) as stage:
-        for variant in ("plain", "off", "drop_in", "every_0", "default", "dense", "lightning", "composer"):
+        for variant in (
+            "plain",
+            "off",
+            "drop_in",
+            "bare",
+            "bare_dense",
+            "every_0",
+            "default",
+            "dense",
+            "lightning",
+            "composer",
+        ):
             training = workloads.Training(workloads.workload(name, quick=True), clipping, micro_batches)
             step = variants.VARIANTS[variant].start(training, stage)
             for number in range(7):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from benchmark.workloads import Training
 from diagnostics.clipping import ClipByNorm, clip_grad_norm_
@@ -95,6 +96,49 @@ def drop_in(training: Training, _stage: Stage) -> Step:
         training.optimizer.step()
 
     return step
+
+
+def _note(reached: list[int], index: int, _parameter: Tensor) -> None:
+    reached.append(index)
+
+
+def bare(every: int) -> Callable[[Training, Stage], Step]:
+    """What cannot be saved: the norms and the hooks of a Monitor with nothing behind them, and our own clip.
+
+    A hook per parameter notes that it was reached; at each of so many steps one per layer takes the norm of its
+    output's gradient. No contract, no statistics, no records.
+    """
+
+    def start(training: Training, _stage: Stage) -> Step:
+        reached: list[int] = []
+        norms: list[Tensor] = []
+        for index, parameter in enumerate(training.parameters):
+            note = partial(_note, reached, index)
+            parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        modules = training.model.modules()
+        layers = [module for module in modules if next(module.parameters(recurse=False), None) is not None]
+
+        def take(gradient: Tensor) -> None:
+            norms.append(torch.linalg.vector_norm(gradient))
+
+        def listen(_module: Module, _given: object, output: Tensor) -> None:
+            output.register_hook(take)  # type: ignore[no-untyped-call]
+
+        def step(number: int) -> None:
+            handles = [layer.register_forward_hook(listen) for layer in layers] if number % every == 0 else []
+            training.backward(number)
+            clip_grad_norm_(training.parameters, training.max_norm)
+            training.optimizer.step()
+            reached.clear()
+            if handles:
+                torch.stack(norms).tolist()
+                norms.clear()
+            for handle in handles:
+                handle.remove()
+
+        return step
+
+    return start
 
 
 def off(training: Training, stage: Stage) -> Step:
@@ -192,6 +236,8 @@ VARIANTS: Mapping[str, Variant] = {
     "twin": Variant("the same once more: the noise", plain),
     "off": Variant("the same after a Monitor was closed", off),
     "drop_in": Variant("our clip_grad_norm_, no Monitor", drop_in),
+    "bare": Variant("the hooks of a Monitor alone, and our clip", bare(10), period=10),
+    "bare_dense": Variant("the same with output gradients at each step", bare(1)),
     "every_0": Variant("Monitor(every=0): norms, clip, contract", watched(0)),
     "default": Variant("Monitor()", watched(10), period=10, warm_up=SETTLED),
     "dense": Variant("Monitor(every=1): output gradients at each step", watched(1)),
