@@ -125,11 +125,18 @@ class Watcher:
         """Calls two methods back at the beginning and the end of ``optimizer.step()``, while anybody listens."""
         self._handles += watch_steps(optimizer, self, before, after)
 
-    def spend(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
-        """Notes that a step has spent the gradients of these parameters, as they are now."""
+    def spend(self, indices: Sequence[int], parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Notes that a step has spent the gradients of these parameters, as they are now.
+
+        Args:
+            indices: The parameters'.
+            parameters: The parameters.
+            gradients: Their gradients before the step. Few steps put others in their place, and those do so throughout.
+        """
         self._unspent.difference_update(indices)
         self._marks.forget(indices)
-        self._spent.add(indices, [parameter.grad for parameter in parameters])
+        untouched = bool(gradients) and all(parameters[place].grad is gradients[place] for place in (0, -1))
+        self._spent.add(indices, gradients if untouched else [parameter.grad for parameter in parameters])
 
     def drain(self) -> list[Any]:
         """The timeline since the last call; the next step begins a new one."""

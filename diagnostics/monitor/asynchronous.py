@@ -115,7 +115,7 @@ class Asynchronous(Steps):
         observation = asked.observation
         observation.moved()
         conclude = self._after_step(unit, observation, numbers=numbers, metrics=metrics)
-        self._watcher.spend(observation.indices, observation.parameters)
+        self._watcher.spend(observation.indices, observation.parameters, observation.gradients)
         observation.release()
         self._watcher.recording = self._due()
 

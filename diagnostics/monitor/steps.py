@@ -134,7 +134,7 @@ class Steps(Guarded, Resumable):
             observation.moved()
         record = self._after_step(unit, observation, closure=closure, numbers=numbers, metrics=metrics)(seen, skipped)
         if not skipped:
-            self._watcher.spend(observation.indices, observation.parameters)
+            self._watcher.spend(observation.indices, observation.parameters, observation.gradients)
         self._watcher.recording = self._due()
         return record
 
