@@ -318,6 +318,16 @@ class TestLargeProfiles:
         assert held == (1e-17 < size < 1e13)
         assert found.norm == pytest.approx(true_norm(gradient), rel=1e-5 if held else 0.05)
 
+    @pytest.mark.parametrize("shape", [(2048, 2048), (64, 256, 16, 16)])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-5)])
+    def test_a_quick_look_at_millions_of_elements_loses_no_digits_that_count(
+        self, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
+    ) -> None:
+        torch.manual_seed(0)
+        gradient = torch.rand(shape).add_(0.5).to(dtype)
+        wide = torch.linalg.vector_norm(gradient.double()).item()
+        assert euclidean_norm(gradient, exact=False).item() == pytest.approx(wide, rel=tolerance)
+
     def test_one_element_that_the_sample_misses_is_no_zero(self) -> None:
         gradient = torch.zeros(300, 300)
         gradient[299, 298] = 1e-30

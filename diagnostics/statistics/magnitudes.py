@@ -21,6 +21,7 @@ from diagnostics.statistics.stacks import STACKED, Stacks, from_host, order_of, 
 FRACTION_SAMPLE = 1024
 FP16_TINY = torch.finfo(torch.float16).tiny
 SMALL = 4096
+_MANY, _WIDE = 65536, 64
 HELD_DECADES = 15.0
 """How far from 1, in decades, fp32 holds a norm and the squares that it is made of, with room to spare."""
 
@@ -92,11 +93,20 @@ def euclidean_norm(gradient: Tensor, *, exact: bool = True) -> Tensor:
     """
     values = _real(gradient)
     if not exact:
-        quick: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.dtype in HALF else None)
-        return quick
+        return _quick_norm(values)
     if values.dtype == torch.float64 or values.device.type == "mps":
         return _scaled_norm(real_values(gradient))
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm
+
+
+def _quick_norm(values: Tensor) -> Tensor:
+    """In fp32, of many elements as the norm of the rows' norms: one sum of so many squares would lose digits."""
+    kind = torch.float32 if values.dtype in HALF else None
+    if values.numel() > _MANY and values.dim() > 1:
+        rows = values.flatten(0, -2) if values.shape[-1] >= _WIDE else values.flatten(1)
+        values = torch.linalg.vector_norm(rows, dim=1, dtype=kind)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=kind)
     return norm
 
 
