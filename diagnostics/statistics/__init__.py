@@ -80,8 +80,23 @@ def parameter_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tens
 def stacked_norms(stacks: Stacks, norm_type: float = 2.0) -> Tensor:
     """The same of tensors that are stacked where that saves kernels: on a CPU."""
     if not stacks.tensors or stacks.tensors[0].device.type != "cpu":
-        return norms_apart(stacks.tensors, norm_type)
-    return stacks.reduce(lambda rows: row_norms(rows, norm_type), lambda rest: norms_apart(rest, norm_type))
+        return _norms_apart(stacks.tensors, norm_type)
+    return stacks.reduce(lambda rows: row_norms(rows, norm_type), lambda rest: _norms_apart(rest, norm_type))
+
+
+@torch.no_grad()
+def sample_sizes(tensors: Sequence[Tensor]) -> Tensor:
+    """The 1-norm of a sample of each of a few tensors: without squares, so that none is too small for it.
+
+    Example:
+        >>> sample_sizes([torch.tensor([1e-30, -1e-30]), torch.ones(4)])
+        tensor([2.0000e-30, 4.0000e+00])
+    """
+    sizes = [
+        torch.linalg.vector_norm(sample(tensor), 1.0, dtype=_accumulation_dtype(tensor.dtype)) for tensor in tensors
+    ]
+    one_kind = len({(size.device, size.dtype) for size in sizes}) == 1
+    return torch.stack(sizes) if one_kind else pack(sizes)
 
 
 def row_norms(rows: Tensor, norm_type: float = 2.0) -> Tensor:
@@ -95,9 +110,7 @@ def row_norms(rows: Tensor, norm_type: float = 2.0) -> Tensor:
     return norms
 
 
-@torch.no_grad()
-def norms_apart(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The same of a few tensors, of which none are worth stacking."""
+def _norms_apart(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     values = [dense(gradient) for gradient in gradients]
     norms: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
