@@ -22,8 +22,8 @@ FRACTION_SAMPLE = 1024
 FP16_TINY = torch.finfo(torch.float16).tiny
 SMALL = 4096
 _MANY, _WIDE = 65536, 64
-HELD_DECADES = 15.0
-"""How far from 1, in decades, fp32 holds a norm and the squares that it is made of, with room to spare."""
+_LEAST, _MOST = 1e-15, 1e15
+"""Between these fp32 holds a norm and the squares that it is made of, with room to spare."""
 
 
 class Profile(NamedTuple):
@@ -81,7 +81,7 @@ def _parts(gradient: Tensor, *, exact: bool = True) -> Parts:
         nothing = torch.zeros((), device=values.device)
         return Parts(0, nothing, True, nothing, nothing, part)
     low, high = torch.aminmax(values)
-    return Parts(values.numel(), euclidean_norm(gradient, exact=exact), exact, low, high, part)
+    return Parts(values.numel(), euclidean_norm(values, exact=exact), exact, low, high, part)
 
 
 def euclidean_norm(gradient: Tensor, *, exact: bool = True) -> Tensor:
@@ -117,7 +117,7 @@ def is_held(norm: float) -> bool:
         >>> is_held(1e-10), is_held(0.0), is_held(math.nan)
         (True, False, False)
     """
-    return 10**-HELD_DECADES < norm < 10**HELD_DECADES
+    return _LEAST < norm < _MOST
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def _profiles_apart(parts: Sequence[Parts]) -> Tensor:
     numel = from_host(torch.tensor([float(part.numel) for part in parts]), sampled.device)
     if not all(part.exact for part in parts):
         exact = from_host(torch.tensor([part.exact for part in parts]), sampled.device)
-        held = exact | ((norms > 10**-HELD_DECADES) & (norms < 10**HELD_DECADES))
+        held = exact | ((norms > _LEAST) & (norms < _MOST))
         norms = torch.where(held, norms, torch.maximum(rms * numel.sqrt(), peaks))
     return torch.stack([norms, peaks, zero, own, fp16, nonfinite * numel])
 
