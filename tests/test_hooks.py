@@ -286,6 +286,29 @@ class TestManyGradientsThatAStepHasSpent:
     def test_gradients_that_are_zeroed_in_place_are_cleared(self, layers):
         assert self.loop(layers, lambda _, optimizer, __: optimizer.zero_grad(set_to_none=False)) == []
 
+    def test_some_that_are_not_cleared_among_others_are_found_the_second_time(self, layers):
+        def clear_half(_step, _optimizer, parameters):
+            for parameter in parameters[:layers]:
+                parameter.grad = None
+
+        (found,) = self.loop(layers, clear_half)
+        assert found == ("missing_zero_grad", 1 if 2 * layers <= FEW else 2, layers)
+
+    def test_those_that_the_step_itself_puts_in_place_are_spent_as_well(self, layers):
+        class Halving(torch.optim.SGD):
+            def step(self, closure=None):
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.grad = parameter.grad / 2
+                return super().step(closure)
+
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        optimizer = Halving(model.parameters(), lr=1e-3)
+        with Monitor(model, optimizer, sinks=[], on_violation="record", on_diagnosis="record") as monitor:
+            for _ in range(3):
+                model(torch.randn(2, 4)).sum().backward()
+                optimizer.step()
+        assert [(one.rule, one.step) for one in monitor.violations] == [("missing_zero_grad", 1)]
+
     @pytest.mark.parametrize("backward", [True, False])
     def test_others_in_their_place_are_the_loops_affair(self, layers, backward):
         def replace(step, optimizer, parameters):

@@ -341,6 +341,14 @@ def test_a_learning_rate_far_below_the_resolution_of_float32_is_found_in_a_sched
     assert [(rule, step) for rule, step, _ in found(monitor)] == [("no_update", 4)]
 
 
+def test_rows_of_a_sparse_embedding_that_no_token_asked_for_may_stay_as_they_were():
+    """The sample of the weights sees other rows than a sparse gradient holds."""
+    model = nn.Sequential(nn.Embedding(20_000, 16, sparse=True), nn.Flatten(), nn.Linear(48, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = train(model, optimizer, loss=lambda model: model(torch.randint(0, 20_000, (8, 3))).square().sum())
+    assert found(monitor) == []
+
+
 def test_an_optimizer_that_does_nothing_is_found_and_one_that_works_is_not():
     class Lazy(torch.optim.SGD):
         def step(self, closure=None):
