@@ -126,7 +126,7 @@ class Watcher:
         self._handles += watch_steps(optimizer, self, before, after)
 
     def spend(self, indices: Sequence[int], parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Notes that a step has spent the gradients of these parameters: those before it, unless it has replaced them."""
+        """Notes that a step has spent these parameters' gradients: those before it, unless it has put others there."""
         self._unspent.difference_update(indices)
         self._marks.forget(indices)
         untouched = bool(gradients) and all(parameters[place].grad is gradients[place] for place in (0, -1))
