@@ -17,22 +17,17 @@ from torch import Tensor, nn
 
 from diagnostics.monitor.assembly import profiled
 from diagnostics.statistics import (
-    LARGEST_SAMPLE,
-    RUN,
-    SMALLEST_SAMPLE,
     exact_norms,
     gradients_of,
     pack,
     parameter_norms,
-    sample,
-    sample_size,
     total_norm,
     trusted,
 )
 from diagnostics.statistics.dead import unit_sizes
 from diagnostics.statistics.magnitudes import Profile, euclidean_norm, is_held, peaks, profiles, take_apart
 from diagnostics.statistics.reading import Reader
-from diagnostics.statistics.samples import Samples
+from diagnostics.statistics.samples import LARGEST_SAMPLE, RUN, SMALLEST_SAMPLE, Samples, sample, sample_size
 from diagnostics.statistics.stacks import Stacks
 
 PROPERTY = settings(deadline=None, max_examples=100)

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from diagnostics import statistics
+from diagnostics.statistics.samples import sample_sizes
 
 State: TypeAlias = tuple[weakref.ref[Tensor], int]
 """A tensor and how often it has been written to in place."""
@@ -175,4 +175,4 @@ def _version(tensor: Tensor) -> int:
 def _look(present: Sequence[tuple[int, Tensor]]) -> Look:
     if not present:
         return Look()
-    return Look(tuple(index for index, _ in present), statistics.sample_sizes([tensor for _, tensor in present]))
+    return Look(tuple(index for index, _ in present), sample_sizes([tensor for _, tensor in present]))

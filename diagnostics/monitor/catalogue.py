@@ -20,6 +20,7 @@ from diagnostics.hooks import Watcher
 from diagnostics.monitor.assembly import OUTSIDE, Table
 from diagnostics.records import Layer
 from diagnostics.statistics.dead import DeadUnits
+from diagnostics.statistics.samples import sample_size
 from diagnostics.statistics.stacks import Layout
 
 _SEVERAL = 8
@@ -131,7 +132,7 @@ class Catalogue:
             if len(self._rosters) == _SEVERAL:
                 self._rosters.clear()
             names, sizes = tuple(self.names[index] for index in key), tuple(tensor.numel() for tensor in tensors)
-            taken = tuple(statistics.sample_size(tensor.shape) for tensor in tensors)
+            taken = tuple(sample_size(tensor.shape) for tensor in tensors)
             factors = tuple(math.sqrt(size / part) if part else 1.0 for size, part in zip(sizes, taken, strict=True))
             layout = Layout(sizes, [tensor.shape for tensor in tensors])
             resolutions = tuple(statistics.resolution(tensor.dtype) for tensor in tensors)

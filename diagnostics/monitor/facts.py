@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from diagnostics import statistics
 from diagnostics.contract.acts import NOBODY, Backward, Clip, Closing, Moved, Step
 from diagnostics.hooks import Watcher
 from diagnostics.hooks.graph import where
@@ -24,6 +23,7 @@ from diagnostics.monitor.observation import Observation
 from diagnostics.monitor.unit import Unit
 from diagnostics.records import ClipRecord, StepRecord
 from diagnostics.statistics.reading import Reader, Reading
+from diagnostics.statistics.samples import sample
 
 Fact: TypeAlias = Backward | Clip | Moved
 
@@ -200,7 +200,7 @@ class Facts:
             if tensor is None or tensor.grad is None or index in self._owned or tensor.numel() == 0:
                 del self._stranded[index]
             else:
-                now = statistics.sample(tensor)
+                now = sample(tensor)
                 asked[index] = self._reader.ask((now != first.to(now.device)).any())
         return asked
 
@@ -221,7 +221,7 @@ class Facts:
 
     @staticmethod
     def _sample(tensor: Tensor) -> Tensor:
-        return statistics.sample(tensor).clone()
+        return sample(tensor).clone()
 
     def _look_for_unregistered(self) -> tuple[str, ...]:
         if self._unregistered is not None or not any(leaves.done for leaves in self._watcher.leaves):

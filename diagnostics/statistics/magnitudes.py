@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diagnostics.statistics import HALF, dense, detached, largest, pack, parameter_norms, sample, stride
-from diagnostics.statistics.samples import Samples
+from diagnostics.statistics import HALF, dense, detached, largest, pack, parameter_norms
+from diagnostics.statistics.samples import Samples, sample, stride
 from diagnostics.statistics.stacks import STACKED, Stacks, from_host, order_of, reordered
 
 FRACTION_SAMPLE = 1024
