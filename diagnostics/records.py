@@ -239,6 +239,16 @@ class Verdict:
         return markup.line(word, "" if self.text == self.condition else self.text)
 
 
+def condition_in_short(condition: str, *, unlawful: bool) -> str:
+    """A verdict's condition for a column of many runs, never healthy alone while a rule of the loop is broken.
+
+    Example:
+        >>> condition_in_short("healthy", unlawful=True), condition_in_short("dead", unlawful=True)
+        ('healthy gradients, unlawful loop', 'dead')
+    """
+    return "healthy gradients, unlawful loop" if unlawful and condition == "healthy" else condition
+
+
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """Everything about one optimizer step.

@@ -31,6 +31,7 @@ from diagnostics.records import (
     StepRecord,
     Verdict,
     Violation,
+    condition_in_short,
 )
 from diagnostics.sinks import Event
 from diagnostics.sinks.fanout import Fanout
@@ -197,9 +198,8 @@ class Ledger:
 
     def _summary(self) -> dict[str, str | float]:
         verdict, violations = self.verdict(), self.violations
-        unlawful = verdict.condition == "healthy" and bool(violations)
         values: dict[str, str | float | None] = {
-            "verdict": "healthy gradients, unlawful loop" if unlawful else verdict.condition,
+            "verdict": condition_in_short(verdict.condition, unlawful=bool(violations)),
             "severity": verdict.severity,
             "decades": self._decades,
             "violations": sum(violation.count for violation in violations),

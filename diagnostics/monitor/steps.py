@@ -171,8 +171,7 @@ class Steps(Guarded, Resumable):
                 recorded=observation.recorded,
             )
             record = self._ledger.enter(record, fact(record))
-            if observation.recorded:
-                self._in_range.append(observation.in_range())
+            self._in_range.append(observation.in_range())
             if not skipped:
                 observation.clipping.enter(seen.clip.total_norm)
             if record.recorded and not (skipped or closure):

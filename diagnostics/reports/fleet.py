@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from diagnostics.records import SEVERITY_NAMES, WARNING, RunInfo
+from diagnostics.records import SEVERITY_NAMES, WARNING, RunInfo, condition_in_short
 
-HEALTHY, UNKNOWN = "healthy", "unknown"
+UNKNOWN = "unknown"
 MANY_VALUES = 3  # more different numbers than this are split at one threshold
 
 
@@ -155,7 +155,7 @@ class Row:
         """The sickest run's, with its severity in words; never calm while a rule of the loop is broken."""
         if self.severity:
             return f"{self.condition} ({SEVERITY_NAMES[self.severity]})"
-        return "healthy gradients, unlawful loop" if self.violations and self.condition == HEALTHY else self.condition
+        return condition_in_short(self.condition, unlawful=bool(self.violations))
 
     @property
     def status(self) -> str:

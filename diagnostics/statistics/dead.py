@@ -117,6 +117,6 @@ def unit_sizes(gradients: Stacks, unit_dims: Mapping[int, int]) -> list[tuple[li
             high, low = by_unit.amax(1), by_unit.amin(1)
             alike.setdefault((high.device, high.dtype, len(high)), []).append((place, high, low))
     for one in alike.values():
-        high, low = (torch.stack([ends[which] for _, *ends in one]) for which in (0, 1))
-        found.append(([place for place, *_ in one], torch.maximum(high, -low)))
+        highs, lows = torch.stack([high for _, high, _ in one]), torch.stack([low for *_, low in one])
+        found.append(([place for place, *_ in one], torch.maximum(highs, -lows)))
     return found

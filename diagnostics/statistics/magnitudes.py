@@ -163,14 +163,14 @@ def _row_samples(rows: Tensor) -> Tensor:
     values, count = real_values(rows), float(max(1, rows.shape[1]))
     kind = torch.float32 if rows.device.type == "mps" else torch.float64
     norms = torch.linalg.vector_norm(values, dim=1, dtype=kind)
-    others = torch.stack([_nonfinite(values, 1).to(kind) / count, norms / math.sqrt(count)])
+    others = torch.stack([_nonfinite(values).to(kind) / count, norms / math.sqrt(count)])
     return torch.cat([_row_fractions(rows).to(kind), others])
 
 
-def _nonfinite(values: Tensor, *dims: int) -> Tensor:
-    """How many elements are not finite: of all, or along some dimensions."""
-    rest = values - values  # NaN just where the element is not finite
-    return torch.ne(rest, rest, out=rest).sum(dims)
+def _nonfinite(rows: Tensor) -> Tensor:
+    """How many elements of each row are not finite."""
+    rest = rows - rows  # NaN just where the element is not finite
+    return torch.ne(rest, rest, out=rest).sum(1)
 
 
 def _row_profiles(rows: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def _row_profiles(rows: Tensor) -> Tensor:
         scale = torch.where(top > 0, top, torch.ones_like(top))
         norms = torch.linalg.vector_norm(values / scale[:, None], dim=1) * scale
     kind = norms.dtype
-    return torch.stack([norms, top.to(kind), *_row_fractions(rows).to(kind), _nonfinite(values, 1).to(kind)])
+    return torch.stack([norms, top.to(kind), *_row_fractions(rows).to(kind), _nonfinite(values).to(kind)])
 
 
 def real_values(gradient: Tensor) -> Tensor:

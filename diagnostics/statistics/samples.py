@@ -39,7 +39,7 @@ def sample(tensor: Tensor) -> Tensor:
     """
     values = detached(dense(tensor))
     flat = values.reshape(-1)
-    return flat if flat.numel() <= LARGEST_SAMPLE else flat.unfold(0, RUN, _apart(values.shape))
+    return flat if flat.numel() <= LARGEST_SAMPLE else flat.unfold(0, RUN, _distance(values.shape))
 
 
 def sample_size(shape: torch.Size) -> int:
@@ -50,11 +50,11 @@ def sample_size(shape: torch.Size) -> int:
         (6, 1024)
     """
     numel = shape.numel()
-    return numel if numel <= LARGEST_SAMPLE else ((numel - RUN) // _apart(shape) + 1) * RUN
+    return numel if numel <= LARGEST_SAMPLE else ((numel - RUN) // _distance(shape) + 1) * RUN
 
 
 @lru_cache(maxsize=4096)
-def _apart(shape: torch.Size) -> int:
+def _distance(shape: torch.Size) -> int:
     """How far the runs of a sample lie apart: that of a few primes with which they are spread best over the columns."""
     numel = shape.numel()
     columns = shape[-1] if shape[-1] > RUN else numel // shape[0]
@@ -74,6 +74,8 @@ def _largest_gap(numel: int, step: int, columns: int) -> int:
 @torch.no_grad()
 def sample_sizes(tensors: Sequence[Tensor]) -> Tensor:
     """The 1-norm of a sample of each of a few tensors: without squares, so that none is too small for it.
+
+    At the end of every backward pass, so in as few steps as can be: ``parameter_norms`` takes twice as long for two.
 
     Example:
         >>> sample_sizes([torch.tensor([1e-30, -1e-30]), torch.ones(4)])
